@@ -1,0 +1,47 @@
+# make demo    create, save, restore and migrate a guest on two hosts, with the proof at the end
+# make test    the whole test suite            make test-fast   without the slow ones
+# make check   lint, formatting, types
+#
+# Each does all of its own set-up: the first run makes .venv and installs xsave into it (editable).
+# Needs python3 (3.11 or newer) and make; python3-venv is fetched with apt-get when run by root.
+
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+PIP    := $(BIN)/python -m pip --disable-pip-version-check -q install
+
+.PHONY: demo test test-fast check clean
+
+demo: $(VENV)/run.stamp
+	@$(BIN)/xsave demo
+
+test: $(VENV)/test.stamp
+	@$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+test-fast: $(VENV)/test.stamp
+	@$(BIN)/python -m pytest -m "not slow" $(PYTEST_ARGS)
+
+check: $(VENV)/dev.stamp
+	@$(BIN)/ruff check xsave tests
+	@$(BIN)/ruff format --check xsave tests
+	@$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+$(VENV)/python.stamp:
+	@PYTHON="$(PYTHON)" VENV="$(VENV)" sh .ci/make-venv
+	@touch $@
+
+$(VENV)/run.stamp: $(VENV)/python.stamp pyproject.toml
+	@echo "installing xsave into $(VENV)"
+	@$(PIP) -e .
+	@touch $@
+
+$(VENV)/test.stamp: $(VENV)/run.stamp
+	@$(PIP) -e ".[test]"
+	@touch $@
+
+$(VENV)/dev.stamp: $(VENV)/test.stamp
+	@$(PIP) -e ".[test,dev]"
+	@touch $@
