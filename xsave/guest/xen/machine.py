@@ -1,0 +1,220 @@
+"""One host's machine memory and the tables Xen keeps of its frames.
+
+`machine.mem` is a sparse file on tmpfs: the host's RAM, mapped shared by every domain process
+and by the toolstack, as libxc maps foreign frames. `frames.tab` holds one array per property of
+a frame (owner, type, type count, pin, references). The m2p lives in machine memory itself, as
+in Xen, so that guests can read it through their page tables.
+
+    frame 0            never handed out
+    frames 1, 2        Xen's L3 and L2 tables that map the m2p into every guest (slot 256)
+    frames 512 ..      the m2p, 8 bytes a frame, mapped with 2 MiB pages
+    then               frames for domains, handed out shuffled
+
+Frames are handed out in shuffled 2 MiB chunks and shuffled inside each chunk, so that pfn order
+never equals mfn order by luck. A freed frame is punched out of the file: the next owner finds
+zeros, and a frame nobody touched is known without reading it (`resident`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import fcntl
+import mmap
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from xsave.errors import OutOfFrames, StorageError
+from xsave.frames import (
+    INVALID_M2P_ENTRY,
+    PAGE_SHIFT,
+    PAGE_SIZE,
+    PTE_ACCESSED,
+    PTE_PRESENT,
+    PTE_PSE,
+    PTE_USER,
+)
+
+DOMID_FREE = 0x7FF4  # DOMID_INVALID
+DOMID_XEN = 0x7FF2
+
+CHUNK_FRAMES = 512
+M2P_L3_FRAME = 1
+M2P_L2_FRAME = 2
+M2P_FIRST_FRAME = 512
+MIN_FRAMES = 4 * CHUNK_FRAMES
+MAX_FRAMES = 1 << 27  # 512 GiB: one L2 of m2p superpages
+
+_HEADER_BYTES = PAGE_SIZE
+_COLUMNS = (
+    ("owner", np.uint16),
+    ("page_type", np.uint8),
+    ("pinned", np.uint8),
+    ("type_count", np.uint32),
+    ("refs", np.uint32),
+)
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+def first_domain_frame(nr_frames: int) -> int:
+    """Return the first frame that domains may own on a machine of this size."""
+    superpages = -(-nr_frames * 8 // (CHUNK_FRAMES * PAGE_SIZE))
+    return M2P_FIRST_FRAME + superpages * CHUNK_FRAMES
+
+
+def create_files(directory: Path, nr_frames: int, seed: int) -> None:
+    """Write `machine.mem` and `frames.tab` of a new machine with nothing in it."""
+    if not MIN_FRAMES <= nr_frames <= MAX_FRAMES:
+        raise StorageError(
+            f"machine of {nr_frames} frames: expected {MIN_FRAMES} to {MAX_FRAMES}"
+        )
+    try:
+        for name, size in (
+            ("machine.mem", nr_frames * PAGE_SIZE),
+            ("frames.tab", _HEADER_BYTES + nr_frames * sum(np.dtype(t).itemsize for _, t in _COLUMNS)),
+        ):
+            fd = os.open(directory / name, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+            os.ftruncate(fd, size)
+            os.close(fd)
+    except OSError as e:
+        raise StorageError(f"{directory}: cannot make the machine's memory: {e.strerror}") from e
+    _initialise(Machine(directory, "new"), seed)
+
+
+def _initialise(machine: Machine, seed: int) -> None:
+    machine.header[0] = seed
+    machine.header[1] = 0
+    machine.owner[:] = DOMID_FREE
+    first = first_domain_frame(machine.nr_frames)
+    machine.owner[:first] = DOMID_XEN
+    machine.m2p[:] = INVALID_M2P_ENTRY
+    flags = PTE_PRESENT | PTE_USER | PTE_ACCESSED
+    machine.mem[M2P_L3_FRAME, 0] = (M2P_L2_FRAME << PAGE_SHIFT) | flags
+    superpages = np.arange(M2P_FIRST_FRAME, first, CHUNK_FRAMES, dtype=np.uint64)
+    machine.mem[M2P_L2_FRAME, : superpages.size] = (superpages << PAGE_SHIFT) | (flags | PTE_PSE)
+
+
+class Machine:
+    """The mapped memory and frame tables of one host. All arrays are views of shared memory.
+
+    mem: (nr_frames, 512) u64; pages: (nr_frames, 4096) u8, the same bytes; m2p: (nr_frames,) u64;
+    owner, page_type, pinned, type_count, refs: (nr_frames,).
+    """
+
+    def __init__(self, directory: Path, name: str) -> None:
+        self.directory = directory
+        self.name = name
+        try:
+            fd = os.open(directory / "machine.mem", os.O_RDWR | os.O_CLOEXEC)
+            self.map = mmap.mmap(fd, 0)
+            os.close(fd)
+            tab = os.open(directory / "frames.tab", os.O_RDWR | os.O_CLOEXEC)
+            self._tab = mmap.mmap(tab, 0)
+            os.close(tab)
+        except (OSError, ValueError) as e:
+            raise StorageError(f"{directory}: cannot map the machine's memory: {e}") from e
+        self.nr_frames = len(self.map) >> PAGE_SHIFT
+        self.first_frame = first_domain_frame(self.nr_frames)
+        self.mem = np.frombuffer(self.map, np.uint64).reshape(-1, 512)
+        self.pages = np.frombuffer(self.map, np.uint8).reshape(-1, PAGE_SIZE)
+        self.m2p = self.mem[M2P_FIRST_FRAME : self.first_frame].reshape(-1)[: self.nr_frames]
+        self.header = np.frombuffer(self._tab, np.uint64, 512)
+        offset = _HEADER_BYTES
+        for column, dtype in _COLUMNS:
+            setattr(self, column, np.frombuffer(self._tab, dtype, self.nr_frames, offset))
+            offset += self.nr_frames * np.dtype(dtype).itemsize
+
+    owner: np.ndarray
+    page_type: np.ndarray
+    pinned: np.ndarray
+    type_count: np.ndarray
+    refs: np.ndarray
+
+    @contextlib.contextmanager
+    def lock(self) -> Iterator[None]:
+        """Hold the host's allocator lock (across processes; released by the kernel on death)."""
+        fd = os.open(self.directory / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(fd)
+
+    def free_frames(self) -> int:
+        return int(np.count_nonzero(self.owner == DOMID_FREE))
+
+    def allocate(self, domid: int, nr: int) -> np.ndarray:
+        """Give `nr` free frames to domid; return their mfns, shuffled, (nr,) u64. All are zero."""
+        with self.lock():
+            free = self.owner == DOMID_FREE
+            mfns = _pick_shuffled(free, nr, np.random.default_rng(self.header[:2].copy()))
+            if mfns is None:
+                raise OutOfFrames(wanted=nr, free=int(np.count_nonzero(free)), host=self.name)
+            self.header[1] += np.uint64(1)
+            self.owner[mfns] = domid
+        return mfns
+
+    def free(self, mfns: np.ndarray) -> None:
+        """Take frames back: clear their table rows, punch their contents out, mark them free."""
+        if not len(mfns):
+            return
+        runs = np.sort(mfns.astype(np.int64))
+        breaks = np.flatnonzero(np.diff(runs) != 1) + 1
+        starts = runs[np.concatenate(([0], breaks))]
+        ends = runs[np.concatenate((breaks - 1, [runs.size - 1]))] + 1
+        for start, end in zip(starts.tolist(), ends.tolist(), strict=True):
+            self.map.madvise(mmap.MADV_REMOVE, start << PAGE_SHIFT, (end - start) << PAGE_SHIFT)
+        with self.lock():
+            self.m2p[runs] = INVALID_M2P_ENTRY
+            for column, _ in _COLUMNS[1:]:
+                getattr(self, column)[runs] = 0
+            self.owner[runs] = DOMID_FREE
+
+    def free_domain(self, domid: int) -> int:
+        """Free every frame the domain owns; return how many there were."""
+        mfns = np.flatnonzero(self.owner == domid)
+        self.free(mfns)
+        return int(mfns.size)
+
+    def resident(self, mfns: np.ndarray) -> np.ndarray:
+        """Return (n,) bool: False for frames that were never touched, which hold only zeros.
+
+        mincore(2) answers for whole ranges from the page cache, without reading (and so without
+        allocating) anything.
+        """
+        touched = np.zeros(self.nr_frames, np.uint8)
+        base = self.pages.ctypes.data
+        chunks = np.unique(mfns.astype(np.int64) // CHUNK_FRAMES)
+        breaks = np.flatnonzero(np.diff(chunks) != 1) + 1
+        for run in np.split(chunks, breaks):
+            first = int(run[0]) * CHUNK_FRAMES
+            nr = min((int(run[-1]) + 1) * CHUNK_FRAMES, self.nr_frames) - first
+            vector = touched[first : first + nr]
+            if _libc.mincore(
+                ctypes.c_void_p(base + (first << PAGE_SHIFT)),
+                ctypes.c_size_t(nr << PAGE_SHIFT),
+                ctypes.c_void_p(vector.ctypes.data),
+            ):
+                return np.ones(len(mfns), bool)
+        return (touched[mfns] & 1).astype(bool)
+
+
+def _pick_shuffled(free: np.ndarray, nr: int, rng: np.random.Generator) -> np.ndarray | None:
+    """Choose nr of the free frames: chunks in random order, shuffled inside each chunk."""
+    padded = np.zeros(-(-free.size // CHUNK_FRAMES) * CHUNK_FRAMES, bool)
+    padded[: free.size] = free
+    per_chunk = padded.reshape(-1, CHUNK_FRAMES).sum(axis=1)
+    order = rng.permutation(per_chunk.size)
+    running = np.cumsum(per_chunk[order])
+    if nr > running[-1]:
+        return None
+    order = order[: int(np.searchsorted(running, nr)) + 1]
+    inside = rng.permuted(
+        np.broadcast_to(np.arange(CHUNK_FRAMES), (order.size, CHUNK_FRAMES)), axis=1
+    )
+    frames = (order[:, None] * CHUNK_FRAMES + inside).reshape(-1)
+    return frames[padded[frames]][:nr].astype(np.uint64)

@@ -1,0 +1,311 @@
+"""Page types and their counts: what keeps a PV guest inside its own frames.
+
+A guest's page tables hold machine frame numbers and the emulator's MMU walks them as they are,
+so every entry is checked before it takes effect, with Xen's rules (xen/arch/x86/mm.c):
+
+* a frame has one type at a time (L1..L4 table, writable, segment descriptors) and a count of
+  its uses as that type; it changes type only at count 0;
+* a present entry may name only a frame the domain owns; a writable L1 entry takes a reference
+  of type writable on it, an entry of an L2..L4 table takes one of type L1..L3;
+* so no page table is ever mapped writable, and every table in use has been validated.
+
+A whole L1 table is validated with a few numpy operations; a single entry (mmu_update) with plain
+integers through memoryviews, which beat numpy scalars by far.
+
+Errors are Xen's negative errno values, returned, as the guest gets them.
+"""
+
+from __future__ import annotations
+
+import errno
+
+import numpy as np
+
+from xsave.frames import (
+    PAGE_SHIFT,
+    PTE_FRAME_MASK,
+    PTE_GLOBAL,
+    PTE_PCD,
+    PTE_PRESENT,
+    PTE_PSE,
+    PTE_PWT,
+    PTE_RW,
+    PTE_USER,
+    XEN_L4_SLOTS,
+)
+from xsave.guest.xen.machine import Machine
+
+PGT_NONE = 0
+PGT_L1, PGT_L2, PGT_L3, PGT_L4 = 1, 2, 3, 4
+PGT_WRITABLE = 5
+PGT_SEG_DESC = 6
+PGT_XEN = 7  # Xen's own frames of a domain: no guest mapping at all
+
+#: Flags an entry may not have. L1: cache attributes need I/O capabilities a guest has not got.
+_DISALLOWED = {
+    PGT_L1: PTE_PWT | PTE_PCD | PTE_PSE,
+    PGT_L2: PTE_PSE | PTE_PWT | PTE_PCD | PTE_GLOBAL,
+    PGT_L3: PTE_PSE | PTE_PWT | PTE_PCD | PTE_GLOBAL,
+    PGT_L4: PTE_PSE | PTE_PWT | PTE_PCD | PTE_GLOBAL,
+}
+_AD = 0x60
+
+
+class PageTables:
+    """The types and counts of one domain's frames, and the only way to change its tables.
+
+    `stale_tlb` is set when an entry that was present changed: the caller flushes before the
+    guest runs again (a stale writable translation of a new page table would be an escape).
+    """
+
+    def __init__(self, machine: Machine, domid: int, xen_l4_slots: dict[int, int]) -> None:
+        self.machine = machine
+        self.domid = domid
+        self.xen_l4_slots = xen_l4_slots  # slot -> PTE that Xen puts into every L4
+        self.q = memoryview(machine.map).cast("Q")
+        self.owner = memoryview(machine.owner)
+        self.ptype = memoryview(machine.page_type)
+        self.count = memoryview(machine.type_count)
+        self.refs = memoryview(machine.refs)
+        self.pinned = memoryview(machine.pinned)
+        self.nr_frames = machine.nr_frames
+        self.stale_tlb = False
+
+    def owned(self, mfn: int) -> bool:
+        """True if the guest may name this frame at all."""
+        return mfn < self.nr_frames and self.owner[mfn] == self.domid and self.ptype[mfn] != PGT_XEN
+
+    # -- type references -------------------------------------------------------------------
+
+    def get_type(self, mfn: int, want: int) -> int:
+        """Take one reference of type `want`; validate the table if it is the first. 0 or -errno."""
+        if not self.owned(mfn):
+            return -errno.EINVAL
+        if self.count[mfn]:
+            if self.ptype[mfn] != want:
+                return -errno.EINVAL
+            self.count[mfn] += 1
+            return 0
+        self.ptype[mfn] = want
+        self.count[mfn] = 1
+        if PGT_L1 <= want <= PGT_L4:
+            rc = self._validate_l1(mfn) if want == PGT_L1 else self._validate_upper(mfn, want)
+            if rc:
+                self.count[mfn] = 0
+                self.ptype[mfn] = PGT_NONE
+                return rc
+        elif want == PGT_SEG_DESC:
+            rc = self._validate_descriptors(mfn)
+            if rc:
+                self.count[mfn] = 0
+                self.ptype[mfn] = PGT_NONE
+                return rc
+        return 0
+
+    def put_type(self, mfn: int) -> None:
+        """Drop one type reference; at zero a table releases all that its entries name."""
+        self.count[mfn] -= 1
+        if self.count[mfn]:
+            return
+        was = self.ptype[mfn]
+        self.ptype[mfn] = PGT_NONE
+        if was == PGT_L1:
+            self._release_l1(mfn)
+        elif PGT_L2 <= was <= PGT_L4:
+            self._release_upper(mfn, was)
+
+    def _validate_l1(self, mfn: int) -> int:
+        row = self.machine.mem[mfn]
+        entries = row[(row & PTE_PRESENT) != 0]
+        if not entries.size:
+            return 0
+        if (entries & np.uint64(_DISALLOWED[PGT_L1])).any():
+            return -errno.EINVAL
+        targets = (entries & np.uint64(PTE_FRAME_MASK)) >> np.uint64(PAGE_SHIFT)
+        if int(targets.max()) >= self.nr_frames:
+            return -errno.EINVAL
+        m = self.machine
+        if (m.owner[targets] != self.domid).any() or (m.page_type[targets] == PGT_XEN).any():
+            return -errno.EINVAL
+        writable = targets[(entries & PTE_RW) != 0]
+        busy = (m.page_type[writable] != PGT_WRITABLE) & (m.type_count[writable] != 0)
+        if busy.any():
+            return -errno.EINVAL
+        np.add.at(m.type_count, writable, 1)
+        m.page_type[writable] = PGT_WRITABLE
+        np.add.at(m.refs, targets, 1)
+        row[(row & PTE_PRESENT) != 0] |= np.uint64(PTE_USER)
+        return 0
+
+    def _release_l1(self, mfn: int) -> None:
+        m = self.machine
+        entries = m.mem[mfn]
+        entries = entries[(entries & PTE_PRESENT) != 0]
+        targets = (entries & np.uint64(PTE_FRAME_MASK)) >> np.uint64(PAGE_SHIFT)
+        writable = targets[(entries & PTE_RW) != 0]
+        np.subtract.at(m.refs, targets, 1)
+        np.subtract.at(m.type_count, writable, 1)
+        m.page_type[writable[m.type_count[writable] == 0]] = PGT_NONE
+
+    def _links(self, mfn: int, level: int) -> list[tuple[int, int]]:
+        """Return (slot, entry) of the present entries that are the guest's own."""
+        row = self.q[mfn << 9 : (mfn + 1) << 9].tolist()
+        if level == PGT_L4:
+            first, last = XEN_L4_SLOTS
+            row[first : last + 1] = [0] * (last + 1 - first)
+        return [(slot, entry) for slot, entry in enumerate(row) if entry & PTE_PRESENT]
+
+    def _validate_upper(self, mfn: int, level: int) -> int:
+        taken: list[int] = []
+        rc = 0
+        for slot, entry in self._links(mfn, level):
+            rc = self._take(entry, level)
+            if rc:
+                break
+            taken.append(entry)
+            self.q[(mfn << 9) + slot] = entry | PTE_USER
+        if rc:
+            for entry in taken:
+                self._drop(entry, level)
+            return rc
+        if level == PGT_L4:
+            first, last = XEN_L4_SLOTS
+            for slot in range(first, last + 1):
+                self.q[(mfn << 9) + slot] = self.xen_l4_slots.get(slot, 0)
+        return 0
+
+    def _release_upper(self, mfn: int, level: int) -> None:
+        for _, entry in self._links(mfn, level):
+            self._drop(entry, level)
+        if level == PGT_L4:
+            first, last = XEN_L4_SLOTS
+            for slot in range(first, last + 1):
+                self.q[(mfn << 9) + slot] = 0
+
+    def _validate_descriptors(self, mfn: int) -> int:
+        """Only user-privilege (DPL 1-3) code/data descriptors, no gates: as Xen's alloc_segdesc."""
+        row = self.machine.mem[mfn]
+        present = row[(row >> np.uint64(47)) & np.uint64(1) != 0]
+        system = (present >> np.uint64(44)) & np.uint64(1) == 0
+        dpl0 = (present >> np.uint64(45)) & np.uint64(3) == 0
+        if system.any():
+            return -errno.EINVAL
+        if dpl0.any():  # Xen lifts DPL 0 to 1 silently (fixup); keep the bits, lift to 3
+            row[((row >> np.uint64(47)) & np.uint64(1)) != 0] |= np.uint64(3 << 45)
+        return 0
+
+    # -- single entries ----------------------------------------------------------------------
+
+    def _take(self, entry: int, level: int) -> int:
+        """Take the references a present entry of a table of this level needs. 0 or -errno."""
+        if entry & _DISALLOWED[level]:
+            return -errno.EINVAL
+        target = (entry & PTE_FRAME_MASK) >> PAGE_SHIFT
+        if not self.owned(target):
+            return -errno.EINVAL
+        if level > PGT_L1:
+            rc = self.get_type(target, level - 1)
+            if rc:
+                return rc
+        elif entry & PTE_RW:
+            rc = self.get_type(target, PGT_WRITABLE)
+            if rc:
+                return rc
+        self.refs[target] += 1
+        return 0
+
+    def _drop(self, entry: int, level: int) -> None:
+        target = (entry & PTE_FRAME_MASK) >> PAGE_SHIFT
+        self.refs[target] -= 1
+        if level > PGT_L1 or entry & PTE_RW:
+            self.put_type(target)
+
+    def update_entry(self, table: int, slot: int, new: int, preserve_ad: bool = False) -> int:
+        """Set one entry of a validated table (mod_lN_entry). 0 or -errno."""
+        level = self.ptype[table]
+        index = (table << 9) + slot
+        old = self.q[index]
+        if preserve_ad:
+            new |= old & _AD
+        if level == PGT_L4 and XEN_L4_SLOTS[0] <= slot <= XEN_L4_SLOTS[1]:
+            return -errno.EINVAL
+        if new & PTE_PRESENT:
+            new |= PTE_USER
+            rc = self._take(new, level)
+            if rc:
+                return rc
+        self.q[index] = new
+        if old & PTE_PRESENT:
+            self._drop(old, level)
+            self.stale_tlb = True
+        return 0
+
+    def mmu_update(self, address: int, value: int, preserve_ad: bool = False) -> int:
+        """MMU_NORMAL_PT_UPDATE: write 8 bytes at a machine address, checked by the frame's type."""
+        table = address >> PAGE_SHIFT
+        if not self.owned(table) or address & 7:
+            return -errno.EINVAL
+        slot = (address & 0xFFF) >> 3
+        if self.count[table] and PGT_L1 <= self.ptype[table] <= PGT_L4:
+            return self.update_entry(table, slot, value, preserve_ad)
+        rc = self.get_type(table, PGT_WRITABLE)
+        if rc:
+            return rc
+        self.q[(table << 9) + slot] = value
+        self.put_type(table)
+        return 0
+
+    # -- pins ----------------------------------------------------------------------------------
+
+    def pin(self, mfn: int, level: int) -> int:
+        """MMUEXT_PIN_Ln_TABLE. 0 or -errno."""
+        if not self.owned(mfn) or self.pinned[mfn]:
+            return -errno.EINVAL
+        rc = self.get_type(mfn, level)
+        if rc == 0:
+            self.pinned[mfn] = 1
+        return rc
+
+    def unpin(self, mfn: int) -> int:
+        """MMUEXT_UNPIN_TABLE. 0 or -errno."""
+        if not self.owned(mfn) or not self.pinned[mfn]:
+            return -errno.EINVAL
+        self.pinned[mfn] = 0
+        self.put_type(mfn)
+        self.stale_tlb = True
+        return 0
+
+    # -- the software walk ----------------------------------------------------------------------
+
+    def walk(self, l4: int, address: int, write: bool = False) -> int:
+        """Return the machine address a guest virtual address maps to, or -1."""
+        q = self.q
+        need = PTE_PRESENT | PTE_USER | (PTE_RW if write else 0)
+        if (address >> 47) not in (0, 0x1FFFF):
+            return -1
+        table = l4
+        for shift in (39, 30, 21):
+            entry = q[(table << 9) + ((address >> shift) & 511)]
+            if entry & need != need:
+                return -1
+            if entry & PTE_PSE:
+                return (entry & PTE_FRAME_MASK) + (address & ((1 << shift) - 1))
+            table = (entry & PTE_FRAME_MASK) >> PAGE_SHIFT
+        entry = q[(table << 9) + ((address >> 12) & 511)]
+        if entry & need != need:
+            return -1
+        return (entry & PTE_FRAME_MASK) | (address & 0xFFF)
+
+    def l1_slot(self, l4: int, address: int) -> int:
+        """Return the machine address of the L1 entry of a guest virtual address, or -1."""
+        table = l4
+        if (address >> 47) not in (0, 0x1FFFF):
+            return -1
+        if XEN_L4_SLOTS[0] <= (address >> 39) & 511 <= XEN_L4_SLOTS[1]:
+            return -1
+        for shift in (39, 30, 21):
+            entry = self.q[(table << 9) + ((address >> shift) & 511)]
+            if not entry & PTE_PRESENT:
+                return -1
+            table = (entry & PTE_FRAME_MASK) >> PAGE_SHIFT
+        return (table << PAGE_SHIFT) + ((address >> 12) & 511) * 8
