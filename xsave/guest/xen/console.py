@@ -1,0 +1,79 @@
+"""The guest's console: the xencons ring on one side, a bounded log and listeners on the other.
+
+Ring layout (xen/include/public/io/console.h): in[1024], out[2048], u32 in_cons, in_prod,
+out_cons, out_prod. The guest owns in_cons and out_prod and may write anything there.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+from collections.abc import Callable
+from pathlib import Path
+
+_IN_BYTES, _OUT_BYTES = 1024, 2048
+_IN, _OUT, _INDICES = 0, 1024, 3072
+#: The log lives in the host's RAM: it keeps the newest part of what a guest ever said.
+LOG_LIMIT_BYTES = 4 << 20
+
+
+class Console:
+    """`page` is a memoryview of the ring page (None until the guest has one)."""
+
+    def __init__(self, log_path: Path) -> None:
+        self._log_path = log_path
+        self._fd = os.open(log_path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+        self.page: memoryview | None = None
+        self.listeners: list[Callable[[bytes], None]] = []
+        self._input = bytearray()
+
+    def put(self, data: bytes) -> None:
+        """Guest output, from the ring or from the console_io hypercall."""
+        if not data:
+            return
+        os.write(self._fd, data)
+        if os.fstat(self._fd).st_size > LOG_LIMIT_BYTES:
+            self._trim()
+        for listener in self.listeners:
+            listener(data)
+
+    def _trim(self) -> None:
+        keep = self._log_path.read_bytes()[-LOG_LIMIT_BYTES // 2 :]
+        os.ftruncate(self._fd, 0)
+        os.write(self._fd, keep)
+
+    def drain(self) -> bool:
+        """Take what the guest wrote, give it what was typed. True if the ring moved."""
+        page = self.page
+        if page is None:
+            return False
+        in_cons, in_prod, out_cons, out_prod = struct.unpack_from("<4I", page, _INDICES)
+        moved = False
+        nr = (out_prod - out_cons) & 0xFFFFFFFF
+        if nr:
+            # More than the ring holds is a lie: take nothing, fall in step again.
+            if nr <= _OUT_BYTES:
+                start = out_cons % _OUT_BYTES
+                ring = bytes(page[_OUT : _OUT + _OUT_BYTES])
+                self.put((ring[start:] + ring[:start])[:nr])
+            struct.pack_into("<I", page, _INDICES + 8, out_prod)
+            moved = True
+        if self._input:
+            moved |= self._feed(page, in_cons, in_prod)
+        return moved
+
+    def _feed(self, page: memoryview, in_cons: int, in_prod: int) -> bool:
+        room = _IN_BYTES - ((in_prod - in_cons) & 0xFFFFFFFF)
+        chunk = bytes(self._input[: max(room, 0)])
+        for i, byte in enumerate(chunk):
+            page[_IN + (in_prod + i) % _IN_BYTES] = byte
+        del self._input[: len(chunk)]
+        struct.pack_into("<I", page, _INDICES + 4, (in_prod + len(chunk)) & 0xFFFFFFFF)
+        return bool(chunk)
+
+    def type(self, data: bytes) -> None:
+        """Queue keyboard input (at most 64 KiB wait for a guest that does not read)."""
+        self._input += data[: (64 << 10) - len(self._input)]
+
+    def close(self) -> None:
+        os.close(self._fd)

@@ -1,0 +1,53 @@
+"""copy_from_guest and copy_to_guest: the guest's memory through its own page tables.
+
+The walk asks for user-accessible (and for writes, writable) mappings, so a guest cannot make
+the hypervisor read or write what it could not reach itself.
+"""
+
+from __future__ import annotations
+
+import errno
+
+from xsave.guest.xen.pagetable import PageTables
+
+#: More than any hypercall argument; a longer copy is a hostile length.
+MAX_COPY_BYTES = 1 << 20
+
+
+class GuestFault(Exception):
+    """A guest pointer led nowhere; the hypercall returns -EFAULT."""
+
+    rc = -errno.EFAULT
+
+
+def read(tables: PageTables, cr3: int, address: int, nr: int) -> bytes:
+    """Return nr bytes at a guest virtual address. Raises GuestFault."""
+    if not 0 <= nr <= MAX_COPY_BYTES:
+        raise GuestFault
+    memory, l4 = tables.machine.map, cr3 >> 12
+    out = b""
+    while nr:
+        address &= 0xFFFF_FFFF_FFFF_FFFF
+        maddr = tables.walk(l4, address)
+        if maddr < 0 or (maddr >> 12) >= tables.nr_frames:
+            raise GuestFault
+        chunk = min(4096 - (address & 0xFFF), nr)
+        out += memory[maddr : maddr + chunk]
+        address += chunk
+        nr -= chunk
+    return out
+
+
+def write(tables: PageTables, cr3: int, address: int, data: bytes) -> None:
+    """Write bytes at a guest virtual address. Raises GuestFault; may have written a part."""
+    memory, l4 = tables.machine.map, cr3 >> 12
+    done = 0
+    while done < len(data):
+        address &= 0xFFFF_FFFF_FFFF_FFFF
+        maddr = tables.walk(l4, address, write=True)
+        if maddr < 0 or (maddr >> 12) >= tables.nr_frames:
+            raise GuestFault
+        chunk = min(4096 - (address & 0xFFF), len(data) - done)
+        memory[maddr : maddr + chunk] = data[done : done + chunk]
+        address += chunk
+        done += chunk

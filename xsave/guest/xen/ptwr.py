@@ -1,0 +1,189 @@
+"""Writes to a page table through an ordinary mapping: decoded, checked and done for the guest.
+
+Guests with VMASST_writable_pagetables (Linux) write to their read-only tables and expect Xen to
+emulate the store (ptwr_do_page_fault). The value the instruction would have stored is computed
+from the registers and goes through the same checks as mmu_update. Decoding is capstone's.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+from xsave.guest.xen.cpuregs import RAX, RCX, RDI, RIP, RSI
+from xsave.guest.xen.guestmem import GuestFault
+
+if TYPE_CHECKING:
+    from xsave.guest.xen.hypervisor import Hypervisor
+
+M64 = (1 << 64) - 1
+CF, PF, ZF, SF, OF, DF = 1, 4, 0x40, 0x80, 0x800, 0x400
+_LOGIC_FLAGS = CF | PF | 0x10 | ZF | SF | OF
+_MAX_INSTRUCTION = 15
+
+_REGISTERS = (
+    *(("r" + n + "x", "e" + n + "x", n + "x", n + "l") for n in "acdb"),
+    *(("r" + n, "e" + n, n, n + "l") for n in ("sp", "bp", "si", "di")),
+    *((f"r{i}", f"r{i}d", f"r{i}w", f"r{i}b") for i in range(8, 16)),
+)
+#: register name -> (index in the CPU state, width in bits)
+_BY_NAME = {
+    name: (index, width)
+    for index, names in enumerate(_REGISTERS)
+    for name, width in zip(names, (64, 32, 16, 8), strict=True)
+}
+
+
+@cache
+def _decoder() -> Any:
+    import capstone  # 40 ms, and only guests that rely on this assist need it
+
+    decoder = capstone.Cs(capstone.CS_ARCH_X86, capstone.CS_MODE_64)
+    decoder.detail = True
+    return decoder
+
+
+def emulate_table_write(hv: Hypervisor, address: int) -> bool:
+    """Emulate the faulting store to a page table. False: the guest gets its #PF."""
+    instruction = _decode(hv)
+    if instruction is None:
+        return False
+    operands = instruction.operands
+    size = operands[0].size if operands else 8
+    maddr = hv.tables.walk(hv.vcpu.cr3 >> 12, address)
+    if maddr & 7 and (maddr & 7) + size > 8:
+        return False
+    shift = 8 * (maddr & 7)
+    width_mask = (1 << 8 * size) - 1
+    entry = hv.tables.q[maddr >> 3]
+    stored = _compute(hv, instruction, (entry >> shift) & width_mask, size)
+    if stored is None:
+        return False
+    new = entry & ~(width_mask << shift) | (stored.value & width_mask) << shift
+    if hv.tables.update_entry(maddr >> 12, (maddr & 0xFFF) >> 3, new):
+        return False
+    stored.commit()
+    if not stored.again:
+        hv.q[RIP] += instruction.size
+    return True
+
+
+def _decode(hv: Hypervisor) -> Any:
+    code = b""
+    for length in (_MAX_INSTRUCTION, 8, 4, 2):
+        try:
+            code = hv.read(hv.q[RIP], length)
+            break
+        except GuestFault:
+            continue
+    return next(_decoder().disasm(code, hv.q[RIP], 1), None)
+
+
+class _Store:
+    """The value to store, and the register and flag changes that follow if it is accepted."""
+
+    def __init__(self, hv: Hypervisor, value: int) -> None:
+        self.hv = hv
+        self.value = value
+        self.registers: dict[int, int] = {}
+        self.flags: int | None = None
+        self.again = False
+
+    def commit(self) -> None:
+        for index, value in self.registers.items():
+            self.hv.q[index] = value & M64
+        if self.flags is not None:
+            self.hv.cpu.rflags = self.flags
+
+
+def _operand(hv: Hypervisor, instruction: Any, operand: Any) -> int:
+    if operand.type == 2:  # X86_OP_IMM
+        return operand.imm & M64
+    index, width = _BY_NAME[instruction.reg_name(operand.reg)]
+    return hv.q[index] & ((1 << width) - 1)
+
+
+def _set_register(store: _Store, name: str, value: int) -> None:
+    index, width = _BY_NAME[name]
+    if width >= 32:
+        store.registers[index] = value
+    else:
+        mask = (1 << width) - 1
+        store.registers[index] = store.hv.q[index] & ~mask | value & mask
+
+
+def _compute(hv: Hypervisor, instruction: Any, old: int, size: int) -> _Store | None:
+    """Return what the instruction stores over `old`, None for one that is not known."""
+    mnemonic = instruction.mnemonic.removeprefix("lock ")
+    try:
+        if mnemonic in ("mov", "movnti"):
+            return _Store(hv, _operand(hv, instruction, instruction.operands[1]))
+        if mnemonic == "xchg":
+            return _xchg(hv, instruction, old)
+        if mnemonic in ("and", "or", "xor"):
+            return _logic(hv, instruction, mnemonic, old, size)
+        if mnemonic in ("btr", "bts"):
+            return _bit(hv, instruction, mnemonic, old, size)
+        if mnemonic == "cmpxchg":
+            return _cmpxchg(hv, instruction, old, size)
+        if mnemonic in ("stosq", "rep stosq", "movsq", "rep movsq"):
+            return _string(hv, mnemonic)
+    except (KeyError, GuestFault):  # a high-byte register, or a source that is not there
+        return None
+    return None
+
+
+def _xchg(hv: Hypervisor, instruction: Any, old: int) -> _Store:
+    first, second = instruction.operands
+    register = second if first.type == 3 else first  # X86_OP_MEM
+    store = _Store(hv, _operand(hv, instruction, register))
+    _set_register(store, instruction.reg_name(register.reg), old)
+    return store
+
+
+def _logic(hv: Hypervisor, instruction: Any, mnemonic: str, old: int, size: int) -> _Store:
+    source = _operand(hv, instruction, instruction.operands[1])
+    value = {"and": old & source, "or": old | source, "xor": old ^ source}[mnemonic]
+    value &= (1 << 8 * size) - 1
+    store = _Store(hv, value)
+    flags = hv.cpu.rflags & ~_LOGIC_FLAGS
+    flags |= ZF if value == 0 else 0
+    flags |= SF if value >> (8 * size - 1) else 0
+    flags |= PF if (value & 0xFF).bit_count() % 2 == 0 else 0
+    store.flags = flags
+    return store
+
+
+def _bit(hv: Hypervisor, instruction: Any, mnemonic: str, old: int, size: int) -> _Store:
+    bit = 1 << (_operand(hv, instruction, instruction.operands[1]) % (8 * size))
+    store = _Store(hv, old | bit if mnemonic == "bts" else old & ~bit)
+    store.flags = hv.cpu.rflags & ~CF | (CF if old & bit else 0)
+    return store
+
+
+def _cmpxchg(hv: Hypervisor, instruction: Any, old: int, size: int) -> _Store:
+    mask = (1 << 8 * size) - 1
+    if hv.q[RAX] & mask == old:
+        store = _Store(hv, _operand(hv, instruction, instruction.operands[1]))
+        store.flags = hv.cpu.rflags | ZF
+    else:
+        store = _Store(hv, old)
+        _set_register(store, _REGISTERS[0][{8: 0, 4: 1, 2: 2, 1: 3}[size]], old)
+        store.flags = hv.cpu.rflags & ~ZF
+    return store
+
+
+def _string(hv: Hypervisor, mnemonic: str) -> _Store:
+    """One step of stosq/movsq; with rep the instruction is left to run, or fault, again."""
+    q = hv.q
+    step = -8 if hv.cpu.rflags & DF else 8
+    if "movs" in mnemonic:
+        store = _Store(hv, int.from_bytes(hv.read(q[RSI], 8), "little"))
+        store.registers[RSI] = q[RSI] + step
+    else:
+        store = _Store(hv, q[RAX])
+    store.registers[RDI] = q[RDI] + step
+    if mnemonic.startswith("rep"):
+        store.registers[RCX] = q[RCX] - 1
+        store.again = q[RCX] > 1
+    return store

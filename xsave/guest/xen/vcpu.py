@@ -1,0 +1,245 @@
+"""The CPU that guests run on: Unicorn at CPL 3 over machine memory. The only importer of unicorn.
+
+The emulator's physical memory is the machine's memory, so cr3 and page-table entries hold real
+mfns and the emulator's own MMU walks them, sets A/D bits and faults. The guest kernel runs at
+CPL 3 as under Xen; `syscall` is the door to the hypercalls, every other crossing is an exception.
+This module knows instructions and registers, not hypercalls: it calls the five methods of the
+`handler` it is given (syscall, exception, invalid_opcode, cpuid, rdtsc).
+
+Facts that cost hours, and where they show here:
+* cs/ss/cpl are set once by a sysretq at CPL 0 (`_enter_cpl3`); later selector writes change the
+  visible selector only;
+* a syscall hook returns to rip + 2, an exception hook to the rip it left (`resume_at`);
+* `emu_start(until)` with an unmapped address leaves a hidden fault behind: 0 is used;
+* counted runs and free runs must not be mixed: a machine is one or the other for its life;
+* stores by the host into code are not noticed: `forget_code`.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import struct
+from typing import Protocol
+
+from unicorn import UC_ARCH_X86, UC_HOOK_INSN, UC_HOOK_INSN_INVALID, UC_HOOK_INTR, UC_MODE_64
+from unicorn import UC_PROT_ALL, Uc, UcError
+from unicorn import x86_const as x86
+from unicorn.unicorn_py3.arch.intel import HOOK_INSN_CPUID_CFUNC
+from unicorn.unicorn_py3.unicorn import uccallback, uclib
+
+from xsave.guest.xen import cpuregs
+from xsave.guest.xen.machine import Machine
+
+FLAT_RING3_CS64 = 0xE033
+FLAT_RING3_SS64 = 0xE02B
+
+_MSR_EFER, _MSR_STAR = 0xC0000080, 0xC0000081
+_CR0 = 0x80050033  # PG AM WP NE ET MP PE
+_CR4_ALWAYS = 0x20 | 0x80 | 0x200 | 0x400  # PAE PGE OSFXSR OSXMMEXCPT
+CR4_FSGSBASE = 1 << 16
+CR4_OSXSAVE = 1 << 18
+_SIGNATURE = [0xA5C3_0000_1111_0000 + i * 0x01010101 for i in range(8)]
+_GPR8 = (
+    x86.UC_X86_REG_RAX, x86.UC_X86_REG_RCX, x86.UC_X86_REG_RDX, x86.UC_X86_REG_RBX,
+    x86.UC_X86_REG_RSP, x86.UC_X86_REG_RBP, x86.UC_X86_REG_RSI, x86.UC_X86_REG_RDI,
+)  # fmt: skip
+
+
+class Handler(Protocol):
+    """What the hypervisor does at each crossing. Registers are in `cpu.q`."""
+
+    def syscall(self) -> None: ...
+    def exception(self, vector: int, error_code: int) -> None: ...
+    def invalid_opcode(self) -> bool: ...
+    def cpuid(self) -> None: ...
+    def rdtsc(self) -> int: ...
+
+
+class EmulatorFault(Exception):
+    """The emulator itself stopped (an access outside machine memory, a triple fault)."""
+
+
+class Cpu:
+    """One emulated processor. `q` is a live view of its registers (indices in cpuregs)."""
+
+    def __init__(self, machine: Machine, scratch_mfn: int, handler: Handler) -> None:
+        self.machine = machine
+        self._scratch = scratch_mfn << 12
+        self._uc = Uc(UC_ARCH_X86, UC_MODE_64)
+        address = ctypes.addressof(ctypes.c_char.from_buffer(machine.map))
+        self._uc.mem_map_ptr(0, len(machine.map), UC_PROT_ALL, address)
+        self._handle = self._uc._uch
+        self.state = cpuregs.CpuState(self._locate())
+        self.q = self.state.q
+        self._word = ctypes.c_uint64(0)
+        self._word_ref = ctypes.byref(self._word)
+        self._counted = False
+        self.handler = handler
+        self._hook(handler)
+
+    def _locate(self) -> int:
+        saved = [self._uc.reg_read(r) for r in _GPR8]
+        for register, value in zip(_GPR8, _SIGNATURE, strict=True):
+            self._uc.reg_write(register, value)
+        try:
+            return cpuregs.locate(self._handle.value, struct.pack("<8Q", *_SIGNATURE))
+        finally:
+            for register, value in zip(_GPR8, saved, strict=True):
+                self._uc.reg_write(register, value)
+
+    def _hook(self, handler: Handler) -> None:
+        uc, state = self._uc, self.state
+
+        def on_exception(_uc: Uc, vector: int, _data: object) -> None:
+            handler.exception(vector, state.take_exception())
+
+        def on_invalid(_uc: Uc, _data: object) -> bool:
+            state.take_exception()
+            return handler.invalid_opcode()
+
+        def on_cpuid(_uc: Uc, _data: object) -> int:
+            handler.cpuid()
+            return 1
+
+        uc.hook_add(
+            UC_HOOK_INSN, lambda _uc, _d: handler.syscall(), None, 1, 0, x86.UC_X86_INS_SYSCALL
+        )
+        uc.hook_add(UC_HOOK_INTR, on_exception)
+        uc.hook_add(UC_HOOK_INSN_INVALID, on_invalid)
+        uc.hook_add(UC_HOOK_INSN, on_cpuid, None, 1, 0, x86.UC_X86_INS_CPUID)
+        self._rdtsc_hooks = [
+            self._hook_rdtsc(instruction)
+            for instruction in (x86.UC_X86_INS_RDTSC, x86.UC_X86_INS_RDTSCP)
+        ]
+
+    def _hook_rdtsc(self, instruction: int) -> object:
+        """The library hooks rdtsc, the 2.1.4 binding has no entry for it: made by hand."""
+        handler, q = self.handler, self.q
+
+        def on_rdtsc(_uc: Uc, _key: object) -> int:
+            tsc = handler.rdtsc()
+            q[cpuregs.RAX] = tsc & 0xFFFFFFFF
+            q[cpuregs.RDX] = tsc >> 32
+            return 1
+
+        callback = uccallback(self._uc, HOOK_INSN_CPUID_CFUNC)(on_rdtsc)
+        self._uc._Uc__do_hook_add(UC_HOOK_INSN, callback, 1, 0, ctypes.c_int(instruction))
+        return callback
+
+    # -- bring-up ----------------------------------------------------------------------------
+
+    def power_on(self, cr3: int, cr4: int, xcr0: int, fpu: bytes, gdt_base: int) -> None:
+        """Load the FPU image at CPL 0, drop to CPL 3 and turn paging on.
+
+        fpu: a 512-byte FXSAVE area when xcr0 is 0, else an uncompressed XSAVE area.
+        """
+        uc = self._uc
+        uc.reg_write(x86.UC_X86_REG_CR4, uc.reg_read(x86.UC_X86_REG_CR4) | _CR4_ALWAYS | cr4)
+        if xcr0:
+            self._run_stub(b"\x0f\x01\xd1", rax=xcr0)  # xsetbv
+        self._load_fpu(fpu, xcr0)
+        self._enter_cpl3()
+        uc.reg_write(x86.UC_X86_REG_CR3, cr3)
+        uc.reg_write(x86.UC_X86_REG_CR0, _CR0)
+        uc.reg_write(x86.UC_X86_REG_GDTR, (0, gdt_base, 0xFFFF, 0))
+
+    def _run_stub(self, code: bytes, **registers: int) -> None:
+        base = self._scratch
+        self.machine.map[base : base + len(code)] = code
+        for register in ("rax", "rcx", "rdx", "rdi"):
+            value = registers.get(register, 0)
+            self._uc.reg_write(getattr(x86, "UC_X86_REG_" + register.upper()), value)
+        self._uc.ctl_flush_tb()
+        self._uc.emu_start(base, base + len(code))
+
+    def _load_fpu(self, area: bytes, xcr0: int) -> None:
+        base = self._scratch + 0x400
+        area = area[:0x800]
+        self.machine.map[base : base + len(area)] = area
+        # xrstor64 [rdi] or fxrstor64 [rdi]
+        self._run_stub(b"\x48\x0f\xae\x2f" if xcr0 else b"\x48\x0f\xae\x0f", rdi=base, rax=xcr0)
+
+    def _enter_cpl3(self) -> None:
+        uc, base = self._uc, self._scratch
+        uc.msr_write(_MSR_EFER, uc.msr_read(_MSR_EFER) | 1 | 1 << 11 | 1 << 8)  # SCE NXE LME
+        uc.msr_write(_MSR_STAR, (0xE023 << 48) | (0xE008 << 32))
+        self.machine.map[base : base + 4] = b"\x48\x0f\x07\x90"  # sysretq; nop
+        uc.reg_write(x86.UC_X86_REG_RCX, base + 3)
+        uc.reg_write(x86.UC_X86_REG_R11, 0x202)
+        uc.ctl_flush_tb()
+        uc.emu_start(base, base + 3)
+        if uc.reg_read(x86.UC_X86_REG_CS) != FLAT_RING3_CS64:
+            raise EmulatorFault("the emulator did not reach CPL 3")
+
+    # -- running -----------------------------------------------------------------------------
+
+    def run(self, count: int = 0) -> None:
+        """Run from the current rip until stop(); count > 0: exactly that many instructions."""
+        if count and not self._counted:
+            self._uc.ctl_flush_tb()
+            self._counted = True
+        try:
+            self._uc.emu_start(self.q[cpuregs.RIP], 0, 0, count)
+        except UcError as e:
+            raise EmulatorFault(str(e)) from e
+
+    def stop(self) -> None:
+        """End run(): exact from a hook; from another thread at the next block boundary."""
+        uclib.uc_emu_stop(self._handle)
+
+    # -- what has no place in the direct view -------------------------------------------------
+
+    @property
+    def rflags(self) -> int:
+        uclib.uc_reg_read(self._handle, x86.UC_X86_REG_RFLAGS, self._word_ref)
+        return self._word.value
+
+    @rflags.setter
+    def rflags(self, value: int) -> None:
+        self._word.value = value
+        uclib.uc_reg_write(self._handle, x86.UC_X86_REG_RFLAGS, self._word_ref)
+
+    def load_cr3(self, value: int) -> None:
+        """Switch address space; also the only TLB flush there is."""
+        self._word.value = value
+        uclib.uc_reg_write(self._handle, x86.UC_X86_REG_CR3, self._word_ref)
+
+    def set_selectors(self, cs: int, ss: int) -> None:
+        q = self.q
+        q[cpuregs.CS_SEL] = (q[cpuregs.CS_SEL] & ~0xFFFF) | cs
+        q[cpuregs.SS_SEL] = (q[cpuregs.SS_SEL] & ~0xFFFF) | ss
+
+    def selector(self, index: int) -> int:
+        return self.q[index] & 0xFFFF
+
+    def load_gdt(self, base: int) -> None:
+        self._uc.reg_write(x86.UC_X86_REG_GDTR, (0, base, 0xFFFF, 0))
+
+    def load_segment(self, name: str, selector: int) -> None:
+        """Set a data segment's visible selector (its base is never used in 64-bit mode)."""
+        index = {"es": cpuregs.ES_SEL, "ds": cpuregs.DS_SEL, "fs": cpuregs.FS_SEL,
+                 "gs": cpuregs.GS_SEL}[name]  # fmt: skip
+        self.q[index] = (self.q[index] & ~0xFFFF) | selector
+
+    def fxsave(self) -> bytes:
+        """Return the FPU and SSE state as a 512-byte FXSAVE area."""
+        uc = self._uc
+        area = bytearray(512)
+        tag = uc.reg_read(x86.UC_X86_REG_FPTAG)
+        abridged = sum(1 << i for i in range(8) if (tag >> (2 * i)) & 3 != 3)
+        struct.pack_into(
+            "<HHB", area, 0,
+            uc.reg_read(x86.UC_X86_REG_FPCW), uc.reg_read(x86.UC_X86_REG_FPSW), abridged,
+        )  # fmt: skip
+        struct.pack_into("<II", area, 24, uc.reg_read(x86.UC_X86_REG_MXCSR), 0xFFFF)
+        for i in range(8):
+            mantissa, exponent = uc.reg_read(x86.UC_X86_REG_FP0 + i)
+            struct.pack_into("<QH", area, 32 + 16 * i, mantissa, exponent)
+        for i in range(16):
+            xmm = uc.reg_read(x86.UC_X86_REG_XMM0 + i)
+            area[160 + 16 * i : 176 + 16 * i] = xmm.to_bytes(16, "little")
+        return bytes(area)
+
+    def forget_code(self, mfn: int) -> None:
+        """Drop translations of a frame the hypervisor wrote to by itself."""
+        self._uc.ctl_remove_cache(mfn << 12, (mfn + 1) << 12)
