@@ -1,0 +1,186 @@
+"""The domain builder: an ELF kernel becomes a PV domain at its start of day.
+
+Mirrors tools/libs/guest/xg_dom_{core,x86}.c. Physical layout, from pfn 0 upwards: kernel,
+ramdisk, p2m list, start_info, store ring, console ring, page tables, boot stack; mapped from
+virt_base on, with at least 512 KiB to spare, up to a 4 MiB boundary. A kernel with an INIT_P2M
+note finds its p2m list there instead. Page tables are mapped read-only and the L4 is pinned.
+"""
+
+from __future__ import annotations
+
+import ctypes
+
+import numpy as np
+
+from xsave.errors import HostCannotTake
+from xsave.frames import (
+    PAGE_SHIFT,
+    PAGE_SIZE,
+    PTE_ACCESSED,
+    PTE_DIRTY,
+    PTE_PRESENT,
+    PTE_RW,
+    PTE_USER,
+)
+from xsave.guest.xen import elf
+from xsave.guest.xen.domain import Domain
+from xsave.guest.xen.pagetable import PGT_L4
+from xsave.guest.xen.vcpu import FLAT_RING3_CS64, FLAT_RING3_SS64
+from xsave.public import SIF_MOD_START_PFN, START_INFO_MAGIC, StartInfo
+
+_FLAGS = PTE_PRESENT | PTE_RW | PTE_USER | PTE_ACCESSED | PTE_DIRTY
+_SPARE_BYTES = 512 << 10
+_ALIGN_BYTES = 4 << 20
+_MAX_CMDLINE = 1023
+
+
+def build(domain: Domain, kernel: elf.Kernel, ramdisk: bytes, cmdline: str) -> None:
+    """Fill the domain's frames and vCPU 0. Raises HostCannotTake if the memory is too small."""
+    Builder(domain, kernel, ramdisk, cmdline).build()
+
+
+class Builder:
+    """The layout of one domain while it is being built; pfns count up from 0."""
+
+    def __init__(self, domain: Domain, kernel: elf.Kernel, ramdisk: bytes, cmdline: str) -> None:
+        self.domain = domain
+        self.machine = domain.machine
+        self.kernel = kernel
+        self.ramdisk = ramdisk
+        self.cmdline = cmdline.encode()
+        self.nr_pages = domain.max_pages
+        self._lay_out()
+
+    def _lay_out(self) -> None:
+        if len(self.cmdline) > _MAX_CMDLINE:
+            raise HostCannotTake(
+                f"command line of {len(self.cmdline)} bytes: expected at most {_MAX_CMDLINE}"
+            )
+        pfn = _pages(self.kernel.end)
+        self.ramdisk_pfn, pfn = pfn, pfn + _pages(len(self.ramdisk))
+        self.p2m_pfn, self.nr_p2m = pfn, _pages(8 * self.nr_pages)
+        pfn += self.nr_p2m
+        self.start_info_pfn, self.store_pfn, self.console_pfn, self.tables_pfn = range(pfn, pfn + 4)
+        self.mappings, self.tables = self._plan_tables()
+        self.stack_pfn = self.tables_pfn + len(self.tables)
+        if self.stack_pfn >= self.nr_pages:
+            raise HostCannotTake(
+                f"the domain has {self.nr_pages * 4} KiB of memory: its kernel, ramdisk and page "
+                f"tables alone need {(self.stack_pfn + 1) * 4} KiB"
+            )
+
+    def _plan_tables(self) -> tuple[list[tuple[int, int, int]], dict[tuple[int, int], int]]:
+        """Map [virt_base, end) where end must also cover the tables themselves: iterate."""
+        base = self.kernel.virt_base
+        guess = 8
+        while True:
+            end = (self.tables_pfn + guess + 1 << PAGE_SHIFT) + _SPARE_BYTES
+            end = -(-end // _ALIGN_BYTES) * _ALIGN_BYTES
+            mappings = [(base, 0, min(end >> PAGE_SHIFT, self.nr_pages))]
+            if elf.NOTE_INIT_P2M in self.kernel.notes:
+                mappings.append((self.kernel.notes[elf.NOTE_INIT_P2M], self.p2m_pfn, self.nr_p2m))
+            keys = _table_keys(mappings)
+            if len(keys) <= guess:
+                return mappings, {k: self.tables_pfn + i for i, k in enumerate(keys)}
+            guess = len(keys)
+
+    def build(self) -> None:
+        domain = self.domain
+        self.p2m = self.machine.allocate(domain.domid, self.nr_pages)
+        self.machine.m2p[self.p2m] = np.arange(self.nr_pages, dtype=np.uint64)
+        for segment in self.kernel.segments:
+            end = segment.offset + segment.file_bytes
+            self._write(segment.paddr, self.kernel.data[segment.offset : end])
+        self._write(self.ramdisk_pfn << PAGE_SHIFT, self.ramdisk)
+        self._write(self.p2m_pfn << PAGE_SHIFT, self.p2m.tobytes())
+        self._write_tables()
+        self._write_start_info()
+        self._start_vcpu()
+
+    def _write(self, paddr: int, data: bytes) -> None:
+        """Copy bytes to guest-physical memory, whole pages at a time."""
+        if not data:
+            return
+        first, offset = paddr >> PAGE_SHIFT, paddr & 0xFFF
+        nr = _pages(offset + len(data))
+        if first + nr > self.nr_pages:
+            raise HostCannotTake(f"the kernel wants memory at {paddr:#x}, beyond the domain's end")
+        frames = self.p2m[first : first + nr]
+        buffer = self.machine.pages[frames].reshape(-1)
+        buffer[offset : offset + len(data)] = np.frombuffer(data, np.uint8)
+        self.machine.pages[frames] = buffer.reshape(nr, PAGE_SIZE)
+
+    def _write_tables(self) -> None:
+        mem, p2m = self.machine.mem, self.p2m
+        own = np.zeros(self.nr_pages, bool)
+        own[list(self.tables.values())] = True
+        for (level, key), pfn in self.tables.items():
+            if level < PGT_L4:
+                parent = self.tables[(level + 1, key >> 9)]
+                mem[p2m[parent], key & 511] = (int(p2m[pfn]) << PAGE_SHIFT) | _FLAGS
+        for va, first, nr in self.mappings:
+            pfns = np.arange(first, first + nr)
+            entries = (p2m[pfns] << np.uint64(PAGE_SHIFT)) | np.uint64(_FLAGS)
+            entries[own[pfns]] &= ~np.uint64(PTE_RW)
+            index = ((va & (1 << 48) - 1) >> PAGE_SHIFT) + np.arange(nr)
+            keys, slots = index >> 9, index & 511
+            tables = np.array([self.tables[(1, int(k))] for k in np.unique(keys)])
+            mem[p2m[tables[keys - keys[0]]], slots] = entries
+
+    def _write_start_info(self) -> None:
+        domain, base = self.domain, self.kernel.virt_base
+        info = StartInfo(
+            magic=START_INFO_MAGIC,
+            nr_pages=self.nr_pages,
+            shared_info=domain.shared_info_mfn << PAGE_SHIFT,
+            store_mfn=int(self.p2m[self.store_pfn]),
+            store_evtchn=domain.connect_store(int(self.p2m[self.store_pfn])),
+            console_mfn=int(self.p2m[self.console_pfn]),
+            console_evtchn=domain.connect_console(int(self.p2m[self.console_pfn])),
+            pt_base=base + (self.tables[(PGT_L4, 0)] << PAGE_SHIFT),
+            nr_pt_frames=len(self.tables),
+            cmd_line=self.cmdline,
+            first_p2m_pfn=self.p2m_pfn,
+            nr_p2m_frames=self.nr_p2m,
+        )
+        info.mfn_list = self.kernel.notes.get(
+            elf.NOTE_INIT_P2M, base + (self.p2m_pfn << PAGE_SHIFT)
+        )
+        if self.ramdisk:
+            info.mod_len = len(self.ramdisk)
+            info.mod_start = base + (self.ramdisk_pfn << PAGE_SHIFT)
+            if self.kernel.notes.get(elf.NOTE_MOD_START_PFN):
+                info.flags |= SIF_MOD_START_PFN
+                info.mod_start = self.ramdisk_pfn
+        self._write(self.start_info_pfn << PAGE_SHIFT, bytes(info))
+        assert ctypes.sizeof(info) <= PAGE_SIZE
+
+    def _start_vcpu(self) -> None:
+        domain, base = self.domain, self.kernel.virt_base
+        vcpu = domain.vcpus[0]
+        context, regs = vcpu.context, vcpu.context.user_regs
+        l4 = int(self.p2m[self.tables[(PGT_L4, 0)]])
+        for rc in (domain.tables.pin(l4, PGT_L4), domain.tables.get_type(l4, PGT_L4)):
+            if rc:
+                raise HostCannotTake(f"the built page tables were refused ({rc})")
+        context.ctrlreg[3] = l4 << PAGE_SHIFT
+        regs.rip, regs.cs, regs.ss = self.kernel.entry, FLAT_RING3_CS64, FLAT_RING3_SS64
+        regs.rsi = base + (self.start_info_pfn << PAGE_SHIFT)
+        regs.rsp = base + (self.stack_pfn + 1 << PAGE_SHIFT)
+        context.kernel_ss, context.kernel_sp = FLAT_RING3_SS64, regs.rsp
+
+
+def _pages(nr_bytes: int) -> int:
+    return -(-nr_bytes // PAGE_SIZE)
+
+
+def _table_keys(mappings: list[tuple[int, int, int]]) -> list[tuple[int, int]]:
+    """Return (level, virtual address >> span) of every table the mappings need, L4 first."""
+    keys: dict[tuple[int, int], None] = {(PGT_L4, 0): None}
+    for va, _pfn, nr in mappings:
+        va &= (1 << 48) - 1
+        last = va + (nr << PAGE_SHIFT) - 1
+        for level, shift in ((3, 39), (2, 30), (1, 21)):
+            for key in range(va >> shift, (last >> shift) + 1):
+                keys[(level, key)] = None
+    return sorted(keys, reverse=True)
