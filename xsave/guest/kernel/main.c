@@ -1,0 +1,138 @@
+/*
+ * main.c - start of day.
+ *
+ * start_kernel() runs on the boot stack, which becomes the idle thread's. Until the direct map
+ * is there, what the builder made is reached at VIRT_BASE + pfn * 4096.
+ */
+#include "console.h"
+#include "events.h"
+#include "hypercall.h"
+#include "mm.h"
+#include "mmtest.h"
+#include "pattern.h"
+#include "sched.h"
+#include "suspend.h"
+#include "time.h"
+#include "xenbus.h"
+
+#define RESERVED_PAGES 256	/* stacks, the p2m tree, and air */
+
+struct start_info *xen_start_info;
+static struct cpu cpu0;
+
+/* The text behind "key=" on the command line, or NULL. */
+const char *cmdline_find(const char *key)
+{
+	const char *at = xen_start_info->cmd_line;
+	u64 len = strlen(key);
+
+	while (*at) {
+		if (!strncmp(at, key, len) && at[len] == '=')
+			return at + len + 1;
+		while (*at && *at != ' ')
+			at++;
+		while (*at == ' ')
+			at++;
+	}
+	return NULL;
+}
+
+u64 cmdline_number(const char *key, u64 otherwise)
+{
+	const char *text = cmdline_find(key);
+
+	return text ? memparse(text, NULL) : otherwise;
+}
+
+/* Before anything asks for this_cpu(): with events masked in the dummy shared_info. */
+static void cpu_init(void)
+{
+	cpu0.self = &cpu0;
+	cpu0.vcpu = &HYPERVISOR_shared_info->vcpu_info[0];
+	HYPERVISOR_set_segment_base(SEGBASE_GS_KERNEL, (u64)&cpu0);
+}
+
+/*
+ * Xen has its flat segments in every GDT; a page of ours in front of them is what a real kernel
+ * has, and one more frame a restore has to translate. One descriptor: data, DPL 3.
+ */
+static noinline void gdt_init(void)
+{
+	static u64 frame;
+	u64 *gdt = alloc_page();
+
+	BUG_ON(!gdt);
+	gdt[1] = 0x00cff3000000ffffUL;
+	make_page_readonly(gdt);
+	frame = pfn_to_mfn(virt_to_pfn(gdt));
+	if (HYPERVISOR_set_gdt(&frame, 16))
+		panic("set_gdt refused");
+	frame = 0;
+}
+
+static noinline void iopl_init(void)
+{
+	u32 iopl = 1;	/* what PV kernels ask for; kept in the vCPU's saved rflags */
+
+	HYPERVISOR_physdev_op(PHYSDEVOP_set_iopl, &iopl);
+}
+
+/* Memory: builder's things | tables of the direct map | the page allocator's | the pattern. */
+static noinline void mem_init(u64 *pattern_pages)
+{
+	u64 first, wanted = pattern_size(), reserve;
+
+	first = paging_init(boot_structures_end());
+	console_remap();
+	paging_drop_boot_mapping();
+	reserve = RESERVED_PAGES + cmdline_number("threads", 4) * MMTEST_PAGES;
+	if (first + reserve + wanted > max_pfn) {
+		printk("touch: %lu pages do not fit\n", wanted);
+		wanted = max_pfn > first + reserve ? max_pfn - first - reserve : 1;
+	}
+	page_alloc_init(first, max_pfn - wanted);
+	*pattern_pages = wanted;
+}
+
+static void start_threads(void)
+{
+	u32 wanted = cmdline_number("threads", 4);
+	int started;
+
+	if (xenbus_init() == 0)
+		BUG_ON(!kthread_run(setup_shutdown_watcher, NULL, PF_NOFREEZE, "init"));
+	BUG_ON(!kthread_run(ticker_thread, NULL, 0, "ticker"));
+	BUG_ON(!kthread_run(checker_thread, NULL, 0, "checker"));
+	started = mmtest_start(wanted);
+	printk("%d threads make and destroy address spaces\n", started);
+}
+
+noreturn void start_kernel(struct start_info *si)
+{
+	u64 pattern_pages;
+
+	xen_start_info = si;
+	phys_to_machine_mapping = (u64 *)si->mfn_list;
+	max_pfn = si->nr_pages;
+	cpu_init();
+	console_early_init();
+	printk("xsave guest kernel, %lu pages\n", max_pfn);
+	printk("command line: %s\n", si->cmd_line);
+	sched_init();
+	trap_init();
+	iopl_init();
+	map_shared_info();
+	events_init();
+	mem_init(&pattern_pages);
+	gdt_init();
+	p2m_init();
+	publish_mfn_list_list(HYPERVISOR_shared_info);
+	HYPERVISOR_stack_switch(FLAT_RING3_SS64, (u64)current + THREAD_SIZE);
+	time_init();
+	console_resume();
+	pattern_init(max_pfn - pattern_pages, pattern_pages);
+	start_threads();
+	printk("%lu pages free\n", nr_free_pages());
+	local_irq_enable();
+	cpu_idle();
+}

@@ -1,0 +1,302 @@
+/*
+ * mmtest.c - the workload: threads=N threads, each making an address space, running in it,
+ * changing it by every path Xen offers, and destroying it, for ever.
+ *
+ * One life is a row of steps with a sleep between them. A thread can be frozen in any of these
+ * sleeps, so a suspend meets address spaces that are half built and not pinned, pinned and
+ * running, shuffled, and half torn down. Each step checks what the ones before it did.
+ */
+#include "hypercall.h"
+#include "mm.h"
+#include "mmtest.h"
+#include "pattern.h"
+#include "sched.h"
+
+#define SLOTS 24		/* pages mapped, at a third each of three places */
+#define EXTRA_VA 0x0000123456789000UL
+#define WORDS (PAGE_SIZE / sizeof(u64))
+
+struct user_space {
+	struct mm_struct mm;
+	u64 random;
+	u64 life;		/* counts address spaces: part of every page's content */
+	u32 nr;			/* slots in use */
+	u64 pfn[SLOTS];		/* frame in each slot */
+	u64 content[SLOTS];	/* and which content it has */
+	u64 extra_pfn;
+};
+_Static_assert(sizeof(struct user_space) <= PAGE_SIZE, "one page each");
+
+/* Low, in the middle, and spread downwards over many L1 tables as stacks are. */
+static u64 slot_va(u32 slot)
+{
+	u64 i = slot / 3;
+
+	switch (slot % 3) {
+	case 0: return 0x0000000000400000UL + i * PAGE_SIZE;
+	case 1: return 0x0000555555554000UL + i * PAGE_SIZE;
+	default: return 0x00007fffffffe000UL - i * 0x201000UL;
+	}
+}
+
+static u64 content_word(struct user_space *us, u64 content, u64 i)
+{
+	return hash64(us->life << 16 | content) + i;
+}
+
+static void fill_page(struct user_space *us, u64 *page, u64 content)
+{
+	u64 i;
+
+	for (i = 0; i < WORDS; i++)
+		page[i] = content_word(us, content, i);
+}
+
+static void check_page(struct user_space *us, const u64 *page, u64 content)
+{
+	u64 i;
+
+	for (i = 0; i < WORDS; i++)
+		if (READ_ONCE(page[i]) != content_word(us, content, i))
+			check_failed("user page, address", (u64)(page + i));
+}
+
+static noinline void step_create(struct user_space *us)
+{
+	us->life++;
+	us->nr = 0;
+	us->extra_pfn = 0;
+	mm_init(&us->mm);
+}
+
+static noinline int map_slot(struct user_space *us, u32 slot)
+{
+	void *page = alloc_page();
+	u64 *pte = page ? pte_alloc(&us->mm, slot_va(slot)) : NULL;
+
+	if (!pte) {
+		if (page)
+			free_page(page);
+		return -1;
+	}
+	fill_page(us, page, slot);
+	us->pfn[slot] = virt_to_pfn(page);
+	us->content[slot] = slot;
+	us->nr = slot + 1;
+	set_entry(&us->mm, pte, make_pte(us->pfn[slot], PAGE_USER_DATA));
+	return 0;
+}
+
+/* A third of the slots; three of these steps, one of them already pinned. */
+static noinline void step_map(struct user_space *us)
+{
+	u32 end = min(us->nr + SLOTS / 3, SLOTS);
+
+	while (us->mm.pgd && us->nr < end)
+		if (map_slot(us, us->nr))
+			return;
+}
+
+static noinline void step_pin(struct user_space *us)
+{
+	if (us->mm.pgd)
+		mm_pin(&us->mm);
+}
+
+/* Run in it from here on: schedule() switches to it with this thread. */
+static noinline void step_activate(struct user_space *us)
+{
+	if (!us->mm.pinned)
+		return;
+	preempt_disable();
+	current->mm = &us->mm;
+	switch_mm(&us->mm);
+	preempt_enable();
+}
+
+static noinline void step_check(struct user_space *us)
+{
+	u32 i;
+
+	if (current->mm)
+		for (i = 0; i < us->nr; i++)
+			check_page(us, (u64 *)slot_va(i), us->content[i]);
+}
+
+/* Write through the user mapping, see it through the direct map. */
+static noinline void step_touch(struct user_space *us)
+{
+	u32 i;
+
+	if (!current->mm)
+		return;
+	for (i = 0; i < us->nr; i++) {
+		us->content[i] += SLOTS;
+		fill_page(us, (u64 *)slot_va(i), us->content[i]);
+		check_page(us, pfn_to_virt(us->pfn[i]), us->content[i]);
+	}
+}
+
+/* The page of each slot moves on to the next one: one mmu_update batch, one flush. */
+static noinline void step_shuffle(struct user_space *us)
+{
+	static struct mmuext_op flush = { .cmd = MMUEXT_TLB_FLUSH_LOCAL };
+	u64 pfn, content;
+	u32 i;
+
+	if (!current->mm || !us->nr)
+		return;
+	pfn = us->pfn[us->nr - 1];
+	content = us->content[us->nr - 1];
+	for (i = us->nr - 1; i; i--) {
+		us->pfn[i] = us->pfn[i - 1];
+		us->content[i] = us->content[i - 1];
+	}
+	us->pfn[0] = pfn;
+	us->content[0] = content;
+	preempt_disable();
+	for (i = 0; i < us->nr; i++)
+		queue_mmu_update(pte_lookup(&us->mm, slot_va(i)),
+				 make_pte(us->pfn[i], PAGE_USER_DATA));
+	flush_mmu_updates();
+	HYPERVISOR_mmuext_op(&flush, 1);
+	preempt_enable();
+}
+
+static noinline void update_va(u64 va, u64 pte)
+{
+	if (HYPERVISOR_update_va_mapping(va, pte, UVMF_INVLPG))
+		panic("update_va_mapping of user address %lx refused", va);
+}
+
+/* One slot away and back, another one read-only and back: update_va_mapping this time. */
+static noinline void step_update_va(struct user_space *us)
+{
+	u32 a, b;
+
+	if (!current->mm || !us->nr)
+		return;
+	us->random = hash64(us->random + 1);
+	a = us->random % us->nr;
+	b = (us->random >> 32) % us->nr;
+	update_va(slot_va(a), 0);
+	if (READ_ONCE(*pte_lookup(&us->mm, slot_va(a))) & _PAGE_PRESENT)
+		check_failed("unmapped slot", a);
+	update_va(slot_va(a), make_pte(us->pfn[a], PAGE_USER_DATA));
+	update_va(slot_va(b), make_pte(us->pfn[b], PAGE_USER_DATA & ~_PAGE_RW));
+	check_page(us, (u64 *)slot_va(b), us->content[b]);
+	update_va(slot_va(b), make_pte(us->pfn[b], PAGE_USER_DATA));
+}
+
+/* New tables in a pinned address space. */
+static noinline void step_grow(struct user_space *us)
+{
+	void *page = current->mm ? alloc_page() : NULL;
+	u64 *pte = page ? pte_alloc(&us->mm, EXTRA_VA) : NULL;
+
+	if (!pte) {
+		if (page)
+			free_page(page);
+		return;
+	}
+	us->extra_pfn = virt_to_pfn(page);
+	set_entry(&us->mm, pte, make_pte(us->extra_pfn, PAGE_USER_DATA));
+	fill_page(us, (u64 *)EXTRA_VA, SLOTS * SLOTS);
+	check_page(us, page, SLOTS * SLOTS);
+}
+
+/* Software walk: every entry leads, through the m2p, to the frame we gave it. */
+static noinline void step_walk(struct user_space *us)
+{
+	u64 *pte;
+	u32 i;
+
+	for (i = 0; us->mm.pgd && i < us->nr; i++) {
+		pte = pte_lookup(&us->mm, slot_va(i));
+		if (!pte || !(READ_ONCE(*pte) & _PAGE_PRESENT) || pte_pfn(READ_ONCE(*pte)) != us->pfn[i])
+			check_failed("page table entry of", slot_va(i));
+	}
+}
+
+static noinline void step_deactivate(struct user_space *us)
+{
+	(void)us;
+	preempt_disable();
+	current->mm = NULL;
+	switch_mm(&init_mm);
+	preempt_enable();
+}
+
+static noinline void step_unpin(struct user_space *us)
+{
+	if (us->mm.pinned)
+		mm_unpin(&us->mm);
+}
+
+static noinline void unmap(struct user_space *us, u64 va, u64 pfn)
+{
+	set_entry(&us->mm, pte_lookup(&us->mm, va), 0);
+	free_page(pfn_to_virt(pfn));
+}
+
+/* Unpinned again, the tables are memory: entries away, then the pages, then the tables. */
+static noinline void step_unmap(struct user_space *us)
+{
+	if (!us->mm.pgd)
+		return;
+	if (us->extra_pfn)
+		unmap(us, EXTRA_VA, us->extra_pfn);
+	us->extra_pfn = 0;
+	for (; us->nr > SLOTS / 2; us->nr--)
+		unmap(us, slot_va(us->nr - 1), us->pfn[us->nr - 1]);
+}
+
+static noinline void step_destroy(struct user_space *us)
+{
+	if (!us->mm.pgd)
+		return;
+	for (; us->nr; us->nr--)
+		unmap(us, slot_va(us->nr - 1), us->pfn[us->nr - 1]);
+	mm_exit(&us->mm);
+}
+
+static void (*const life[])(struct user_space *us) = {
+	step_create, step_map, step_map, step_walk, step_pin, step_activate, step_check,
+	step_touch, step_map, step_shuffle, step_check, step_update_va, step_grow, step_check,
+	step_walk, step_deactivate, step_unpin, step_walk, step_unmap, step_destroy,
+};
+
+/* The outermost function: what it holds is in the image, so it holds no mfn. */
+static int mmtest_thread(void *arg)
+{
+	struct user_space *us = arg;
+	u32 step;
+
+	for (step = 0;; step = (step + 1) % ARRAY_SIZE(life)) {
+		life[step](us);
+		us->random = hash64(us->random + 1);
+		schedule_timeout((10 + us->random % 30) * NSEC_PER_MSEC);
+		try_to_freeze();
+	}
+	return 0;
+}
+
+/* Returns how many could be started. */
+int mmtest_start(u32 nr_threads)
+{
+	struct user_space *us;
+	char name[16];
+	u32 i;
+
+	for (i = 0; i < nr_threads; i++) {
+		us = alloc_page();
+		if (!us)
+			break;
+		us->random = hash64(i);
+		us->life = (u64)i << 32;
+		snprintf(name, sizeof(name), "mmtest/%u", i);
+		if (!kthread_run(mmtest_thread, us, 0, name))
+			break;
+	}
+	return i;
+}
