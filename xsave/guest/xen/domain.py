@@ -148,6 +148,15 @@ class Domain:
         """Frames the guest owns, Xen's own not counted."""
         return int(np.count_nonzero(self.machine.owner == self.domid)) - _XEN_FRAMES
 
+    def start(self) -> None:
+        """The first unpause: the clocks of this host begin, the restored state ends."""
+        self.never_run = False
+        self.clock.start()
+        self.tsc["incarnation"] += 1
+        self.update_wallclock()
+        for vcpu in self.vcpus:
+            self.update_time(vcpu)
+
     # -- time ------------------------------------------------------------------------------------
 
     def update_time(self, vcpu: Vcpu) -> None:

@@ -1,0 +1,322 @@
+"""The toolstack's only door to a domain, shaped like Xen's own domctl.
+
+The flows (save, restore, migrate) see the class Domctl and nothing else of the guest. Bulk data
+never crosses the socket: frames, page types and the m2p are read in place through the mapped
+machine, as libxc maps foreign frames; the control socket carries small requests to the domain
+process, which owns the vCPUs. A connection is also a lease: when the one that suspended the
+guest, or the one that builds the domain, is closed without a word, the domain process undoes it.
+
+Wire: u32 JSON length, u32 blob length, JSON object, blob. Answers carry `error` (a class name of
+xsave.errors and its message) or the result; events of a long request come before its answer.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import socket
+import struct
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from xsave import errors
+from xsave.errors import ConnectionLost, GuestStateError, SuspendFailed, XsaveError
+from xsave.frames import TYPE_PIN
+from xsave.guest.xen.machine import Machine
+
+_HEADER = struct.Struct("<II")
+_MAX_MESSAGE = 64 << 20
+_TABLE_LEVELS = 4
+
+
+@dataclass(frozen=True)
+class DomainInfo:
+    """What `xsave list` shows of a domain."""
+
+    name: str
+    domid: int
+    host: str
+    state: str  # running, paused, suspended, shutdown, crashed
+    vcpus: int
+    memory_bytes: int
+    min_mfn: int
+    max_mfn: int
+
+
+@dataclass(frozen=True)
+class VcpuState:
+    """One vCPU as the image's records hold it, with mfns where Xen has mfns."""
+
+    vcpu_id: int
+    context: bytes
+    extended: bytes
+    xsave: bytes
+    msrs: bytes
+
+
+@dataclass(frozen=True)
+class DomainState:
+    """What a save needs of a domain beside frames and vCPUs.
+
+    p2m_frames and start_info_mfn are known for a domain that was restored and has never run
+    (else the guest publishes them); `config` is the xl JSON; tsc is (mode, khz, nsec,
+    incarnation).
+    """
+
+    never_run: bool
+    nr_vcpus: int
+    max_pages: int
+    shared_info_mfn: int
+    tsc: tuple[int, int, int, int]
+    config: bytes
+    cpuid_policy: bytes
+    msr_policy: bytes
+    p2m_frames: np.ndarray | None
+    p2m_size: int
+    xen_version: tuple[int, int]
+
+
+def send_message(sock: socket.socket, message: dict[str, Any], blob: bytes = b"") -> None:
+    """Send one message. Raises ConnectionLost."""
+    text = json.dumps(message).encode()
+    try:
+        sock.sendall(_HEADER.pack(len(text), len(blob)) + text + blob)
+    except OSError as e:
+        raise ConnectionLost(f"the domain's process is gone ({e.strerror})") from e
+
+
+def receive_message(sock: socket.socket) -> tuple[dict[str, Any], bytes]:
+    """Receive one message. Raises ConnectionLost."""
+    json_bytes, blob_bytes = _HEADER.unpack(_receive(sock, _HEADER.size))
+    if json_bytes + blob_bytes > _MAX_MESSAGE:
+        raise ConnectionLost("the domain's process speaks another protocol")
+    message = json.loads(_receive(sock, json_bytes))
+    return message, _receive(sock, blob_bytes)
+
+
+def _receive(sock: socket.socket, nr: int) -> bytes:
+    chunks = []
+    while nr:
+        try:
+            chunk = sock.recv(min(nr, 1 << 20))
+        except OSError as e:
+            raise ConnectionLost(f"the domain's process is gone ({e.strerror})") from e
+        if not chunk:
+            raise ConnectionLost("the domain's process is gone")
+        chunks.append(chunk)
+        nr -= len(chunk)
+    return b"".join(chunks)
+
+
+def pack_blobs(*blobs: bytes) -> bytes:
+    """Put several byte strings into one blob; unpack_blobs is the inverse."""
+    return struct.pack(f"<{len(blobs)}I", *map(len, blobs)) + b"".join(blobs)
+
+
+def unpack_blobs(blob: bytes, nr: int) -> Iterator[bytes]:
+    lengths = struct.unpack_from(f"<{nr}I", blob)
+    at = 4 * nr
+    for length in lengths:
+        yield blob[at : at + length]
+        at += length
+
+
+def error_message(error: XsaveError) -> dict[str, Any]:
+    """An error as the wire carries it."""
+    return {
+        "error": type(error).__name__,
+        "message": str(error),
+        "stage": getattr(error, "stage", ""),
+    }
+
+
+def raise_error(message: dict[str, Any]) -> None:
+    """Raise the error of an answer, if it is one."""
+    if "error" not in message:
+        return
+    kind = getattr(errors, message["error"], GuestStateError)
+    if kind is SuspendFailed:
+        raise SuspendFailed(message["message"], stage=message["stage"])
+    if kind is errors.OutOfFrames or not issubclass(kind, XsaveError):
+        raise GuestStateError(message["message"])
+    raise kind(message["message"])
+
+
+class Domctl:
+    """One domain, by its mapped machine and a connection to its process."""
+
+    def __init__(self, machine: Machine, domid: int, name: str, sock: socket.socket) -> None:
+        self.machine = machine
+        self.domid = domid
+        self.name = name
+        self._sock = sock
+
+    def __enter__(self) -> Domctl:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Give up the connection; a suspend or a build it holds is undone by the process."""
+        with contextlib.suppress(OSError):
+            self._sock.close()
+
+    def _call(
+        self,
+        op: str,
+        blob: bytes = b"",
+        on_event: Callable[[str], None] | None = None,
+        **arguments: Any,
+    ) -> tuple[dict[str, Any], bytes]:
+        send_message(self._sock, {"op": op, **arguments}, blob)
+        while True:
+            message, answer = receive_message(self._sock)
+            if "event" not in message:
+                raise_error(message)
+                return message, answer
+            if on_event:
+                on_event(message["event"])
+
+    # -- life ----------------------------------------------------------------------------------------
+
+    def info(self) -> DomainInfo:
+        message, _ = self._call("info")
+        mfns = np.flatnonzero(self.machine.owner == self.domid)
+        return DomainInfo(
+            name=self.name,
+            domid=self.domid,
+            host=self.machine.name,
+            state=message["state"],
+            vcpus=message["vcpus"],
+            memory_bytes=message["memory_bytes"],
+            min_mfn=int(mfns[0]) if mfns.size else 0,
+            max_mfn=int(mfns[-1]) if mfns.size else 0,
+        )
+
+    def pause(self) -> None:
+        self._call("pause")
+
+    def unpause(self) -> None:
+        self._call("unpause")
+
+    def destroy(self) -> None:
+        """End the domain; its frames are free and its process gone when this returns or soon."""
+        self._call("destroy")
+
+    def shutdown(self, reason: str) -> None:
+        """Ask the guest (control/shutdown) to power off or reboot."""
+        self._call("shutdown", reason=reason)
+
+    def suspend(self, on_stage: Callable[[str], None]) -> None:
+        """Ask the guest to suspend and wait until it has; `on_stage` hears the steps.
+
+        Raises SuspendFailed; the guest then runs on. A domain restored paused that never ran is
+        suspended as it is, without a handshake.
+        """
+        self._call("suspend", on_event=on_stage)
+
+    def resume(self, *, paused: bool = False) -> None:
+        """Let a suspended guest go on in place; its hypercall returns 1 (cancelled)."""
+        self._call("resume", paused=paused)
+
+    def rename(self, name: str) -> None:
+        """Change the domain's name. Raises NameTaken."""
+        self._call("rename", name=name)
+        self.name = name
+
+    def console_attach(self) -> socket.socket:
+        """Turn this connection into the guest's console: a raw two-way byte stream."""
+        self._call("console")
+        return self._sock
+
+    def console_log(self) -> bytes:
+        """Return the newest part of what the guest ever wrote to its console."""
+        path = self.machine.directory / "domains" / str(self.domid) / "console.log"
+        return path.read_bytes() if path.exists() else b""
+
+    # -- state, for a save ---------------------------------------------------------------------------
+
+    def state(self) -> DomainState:
+        message, blob = self._call("getstate")
+        config, cpuid, msrs, p2m = unpack_blobs(blob, 4)
+        return DomainState(
+            never_run=message["never_run"],
+            nr_vcpus=message["nr_vcpus"],
+            max_pages=message["max_pages"],
+            shared_info_mfn=message["shared_info_mfn"],
+            tsc=tuple(message["tsc"]),
+            config=config,
+            cpuid_policy=cpuid,
+            msr_policy=msrs,
+            p2m_frames=np.frombuffer(p2m, np.uint64) if p2m else None,
+            p2m_size=message["p2m_size"],
+            xen_version=tuple(message["xen_version"]),
+        )
+
+    def vcpus(self) -> list[VcpuState]:
+        """Return the online vCPUs, ascending; registers as they are now."""
+        message, blob = self._call("getvcpus")
+        parts = list(unpack_blobs(blob, 4 * len(message["ids"])))
+        return [
+            VcpuState(vcpu_id, *parts[4 * i : 4 * i + 4])
+            for i, vcpu_id in enumerate(message["ids"])
+        ]
+
+    def page_types(self, mfns: np.ndarray) -> np.ndarray:
+        """Return (n,) u8 libxc types (levels with the pin bit, NOTAB for all else)."""
+        machine = self.machine
+        types = machine.page_type[mfns]
+        types[(types > _TABLE_LEVELS) | (machine.type_count[mfns] == 0)] = 0
+        types[(types > 0) & (machine.pinned[mfns] != 0)] |= np.uint8(TYPE_PIN)
+        return types
+
+    def owned(self, mfns: np.ndarray) -> np.ndarray:
+        """Return (n,) bool: which mfns are frames of this domain that it may name."""
+        inside = mfns < self.machine.nr_frames
+        safe = np.where(inside, mfns, 0)
+        return inside & (self.machine.owner[safe] == self.domid)
+
+    # -- building, for a restore ---------------------------------------------------------------------
+
+    def begin(self, **arguments: Any) -> dict[str, Any]:
+        """Make the empty domain: nr_vcpus, max_pages. Returns shared_info_mfn. Takes the lease."""
+        return self._call("begin", **arguments)[0]
+
+    def populate(self, nr: int) -> np.ndarray:
+        """Take fresh frames for the domain, all zero, shuffled: (nr,) u64. Raises OutOfFrames."""
+        return self.machine.allocate(self.domid, nr)
+
+    def set_vcpu(self, state: VcpuState) -> None:
+        blob = pack_blobs(state.context, state.extended, state.xsave, state.msrs)
+        self._call("setvcpu", blob, vcpu_id=state.vcpu_id)
+
+    def pin(self, mfns: np.ndarray, levels: np.ndarray) -> None:
+        """Validate and pin page tables. Raises HostCannotTake naming the first that is refused."""
+        self._call("pin", pack_blobs(mfns.astype("<u8").tobytes(), levels.astype(np.uint8).tobytes()))
+
+    def set_state(self, state: DomainState) -> None:
+        p2m = b"" if state.p2m_frames is None else state.p2m_frames.astype("<u8").tobytes()
+        self._call(
+            "setstate",
+            pack_blobs(state.config, state.cpuid_policy, state.msr_policy, p2m),
+            tsc=state.tsc,
+            p2m_size=state.p2m_size,
+            xen_version=state.xen_version,
+        )
+
+    def connect_rings(self, store_mfn: int, console_mfn: int) -> tuple[int, int]:
+        """Attach xenstore and console to their ring pages; return their event channels."""
+        message, _ = self._call("rings", store_mfn=store_mfn, console_mfn=console_mfn)
+        return message["store_port"], message["console_port"]
+
+    def build(self, kernel: str, ramdisk: str | None, cmdline: str) -> None:
+        """Have the domain builder fill the domain from a kernel file."""
+        self._call("build", kernel=kernel, ramdisk=ramdisk, cmdline=cmdline)
+
+    def commit(self) -> None:
+        """The domain is whole: it survives this connection, paused until unpaused."""
+        self._call("commit")
