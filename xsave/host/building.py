@@ -1,0 +1,227 @@
+"""Requests that make a domain and read its state: the toolstack's half of create and restore.
+
+The connection that sends `begin` holds the lease on the half-built domain until `commit`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from xsave.errors import GuestStateError, HostCannotTake, StorageError
+from xsave.guest.xen import elf
+from xsave.guest.xen.builder import build
+from xsave.guest.xen.cpuid import XEN_VERSION, CpuPolicy
+from xsave.guest.xen.domain import Domain
+from xsave.guest.xen.domctl import pack_blobs, unpack_blobs
+from xsave.guest.xen.hypercalls import table
+from xsave.guest.xen.hypervisor import Hypervisor
+from xsave.guest.xen.pagetable import PGT_L4
+from xsave.guest.xen.time import RealClock, VirtualClock
+from xsave.host import host as hosts
+from xsave.host.control import Client, Request
+from xsave.public import VCPU_CONTEXT_BYTES_64, VGCF_IN_KERNEL
+
+if TYPE_CHECKING:
+    from xsave.host.process import DomainProcess
+
+Answer = tuple[dict[str, Any], bytes]
+_MAX_VCPUS_YET = 1
+_MAX_RAMDISK_BYTES = 1 << 30
+
+
+class Building:
+    """What the toolstack has told of the domain: kept for the next save."""
+
+    def __init__(self, process: DomainProcess) -> None:
+        self._process = process
+        self.builder: Client | None = None
+        self.committed = False
+        self.restored = False
+        self._config = b""
+        self._p2m_frames = b""
+        self._p2m_size = 0
+        self._xen_version = list(XEN_VERSION)
+
+    def _unbuilt(self) -> Domain:
+        """The domain, while it may still be built."""
+        if self._process.domain is None or self.committed:
+            raise GuestStateError("the domain is not being built")
+        return self._process.domain
+
+    def op_begin(self, request: Request) -> Answer:
+        arguments, process = request.arguments, self._process
+        if process.domain is not None:
+            raise GuestStateError("the domain exists already")
+        nr_vcpus = int(arguments["nr_vcpus"])
+        if nr_vcpus != _MAX_VCPUS_YET:
+            raise HostCannotTake(f"guests with {nr_vcpus} vCPUs are not supported yet, only with 1")
+        self.builder = request.client
+        clock = VirtualClock() if arguments.get("deterministic") else RealClock()
+        process.builtin = bool(arguments.get("builtin"))
+        process.domain = domain = Domain(
+            process.machine,
+            process.domid,
+            nr_vcpus=nr_vcpus,
+            max_pages=int(arguments["max_pages"]),
+            clock=clock,
+            log_path=process.directory / "console.log",
+        )
+        domain.console.listeners.append(process.control.console_output)
+        process.hypervisor = Hypervisor(domain, table())
+        self._fill_store(domain)
+        return {"shared_info_mfn": domain.shared_info_mfn}, b""
+
+    def _fill_store(self, domain: Domain) -> None:
+        """The nodes a PV guest expects, as libxl writes them."""
+        domain.store.introduce(domain.domid)
+        nodes = {
+            "name": self._process.name,
+            "domid": str(domain.domid),
+            "cpu/0/availability": "online",
+            "memory/static-max": str(domain.max_pages * 4),
+            "memory/target": str(domain.max_pages * 4),
+            "device": "",
+            "control/shutdown": "",
+            "control/platform-feature-multiprocessor-suspend": "1",
+            "control/platform-feature-xs_reset_watches": "1",
+            "console/type": "xenconsoled",
+        }
+        for node, value in nodes.items():
+            domain.store.write(f"{domain.home}/{node}", value)
+
+    def op_build(self, request: Request) -> Answer:
+        domain, arguments = self._unbuilt(), request.arguments
+        kernel = elf.parse(_read_file(arguments["kernel"]), arguments["kernel"])
+        ramdisk = _read_file(arguments["ramdisk"]) if arguments.get("ramdisk") else b""
+        build(domain, kernel, ramdisk, arguments["cmdline"])
+        self._p2m_size = domain.max_pages
+        return {}, b""
+
+    def op_setvcpu(self, request: Request) -> Answer:
+        """XEN_DOMCTL_setvcpucontext: cr3, cr1 and gdt_frames are mfns and are validated here."""
+        domain = self._unbuilt()
+        context, extended, xsave, msrs = unpack_blobs(request.blob, 4)
+        vcpu = domain.vcpus[int(request.arguments["vcpu_id"])]
+        if len(context) != VCPU_CONTEXT_BYTES_64:
+            raise HostCannotTake("only 64-bit guests can run here")
+        vcpu.load_context(context)
+        if not vcpu.context.flags & VGCF_IN_KERNEL:
+            raise HostCannotTake(f"vCPU {vcpu.id} was saved outside its kernel")
+        if extended:
+            vcpu.extended = type(vcpu.extended).from_buffer_copy(
+                extended.ljust(len(bytes(vcpu.extended)), b"\0")
+            )
+        vcpu.xsave, vcpu.msrs = xsave, msrs
+        domain.vm_assist = vcpu.context.vm_assist
+        self._take_roots(domain, vcpu.context.ctrlreg)
+        self._take_gdt(domain, vcpu)
+        return {}, b""
+
+    def _take_roots(self, domain: Domain, ctrlreg: Any) -> None:
+        ctrlreg[1] &= ~0xFFF
+        for register in (3, 1):
+            mfn = ctrlreg[register] >> 12
+            if (register == 3 or mfn) and domain.tables.get_type(mfn, PGT_L4):
+                raise HostCannotTake(
+                    f"cr{register} names frame {mfn:#x}, which is no valid level-4 page table"
+                )
+
+    def _take_gdt(self, domain: Domain, vcpu: Any) -> None:
+        entries = vcpu.context.gdt_ents
+        nr = -(-entries // 512)
+        frames = [vcpu.context.gdt_frames[i] for i in range(nr)]
+        vcpu.context.gdt_ents = 0
+        if entries > 14 * 512 or domain.set_gdt(vcpu, frames, entries):
+            raise HostCannotTake(f"vCPU {vcpu.id}: its GDT frames are no valid descriptor tables")
+
+    def op_pin(self, request: Request) -> Answer:
+        domain = self._unbuilt()
+        mfns_raw, levels_raw = unpack_blobs(request.blob, 2)
+        mfns = np.frombuffer(mfns_raw, np.uint64).tolist()
+        for mfn, level in zip(mfns, levels_raw, strict=True):
+            if rc := domain.tables.pin(mfn, level):
+                pfn = int(domain.machine.m2p[mfn]) if domain.tables.owned(mfn) else mfn
+                raise HostCannotTake(
+                    f"the page table at pfn {pfn:#x} is no valid table of level {level} ({rc})"
+                )
+        return {}, b""
+
+    def op_setstate(self, request: Request) -> Answer:
+        domain, arguments = self._unbuilt(), request.arguments
+        config, cpuid, msrs, p2m = unpack_blobs(request.blob, 4)
+        self._config = config
+        if cpuid:
+            domain.policy = CpuPolicy(cpuid, msrs)
+        mode, khz, nsec, incarnation = arguments["tsc"]
+        clock = type(domain.clock)(origin_ns=nsec, khz=khz or domain.clock.khz)
+        domain.clock = clock
+        domain.tsc = {"mode": mode, "incarnation": incarnation}
+        self._p2m_frames, self._p2m_size = p2m, arguments["p2m_size"]
+        self._xen_version = arguments["xen_version"]
+        self.restored = bool(p2m)
+        return {}, b""
+
+    def op_rings(self, request: Request) -> Answer:
+        domain = self._unbuilt()
+        store, console = request.arguments["store_mfn"], request.arguments["console_mfn"]
+        for name, mfn in (("xenstore", store), ("console", console)):
+            if not domain.tables.owned(mfn):
+                raise HostCannotTake(f"the {name} ring lies outside the domain")
+        return {
+            "store_port": domain.connect_store(store),
+            "console_port": domain.connect_console(console),
+        }, b""
+
+    def op_commit(self, _request: Request) -> Answer:
+        self._unbuilt()
+        self.committed = True
+        hosts.write_record(self._process.directory, name=self._process.name)
+        return {}, b""
+
+    # -- for a save ------------------------------------------------------------------------------------
+
+    def op_getstate(self, _request: Request) -> Answer:
+        domain = self._process.domain
+        clock = domain.clock
+        tsc = [domain.tsc["mode"], clock.khz, clock.now(), domain.tsc["incarnation"]]
+        blob = pack_blobs(
+            self._config,
+            domain.policy.cpuid,
+            domain.policy.msrs,
+            self._p2m_frames if domain.never_run else b"",
+        )
+        return {
+            "never_run": domain.never_run,
+            "nr_vcpus": len(domain.vcpus),
+            "max_pages": domain.max_pages,
+            "shared_info_mfn": domain.shared_info_mfn,
+            "tsc": tsc,
+            "p2m_size": self._p2m_size,
+            "xen_version": self._xen_version,
+        }, blob
+
+    def op_getvcpus(self, _request: Request) -> Answer:
+        domain, hypervisor = self._process.domain, self._process.hypervisor
+        ids, blobs = [], []
+        for vcpu in domain.vcpus:
+            if not vcpu.online:
+                continue
+            if hypervisor.cpu is not None:
+                vcpu.read_registers(hypervisor.cpu)
+            vcpu.context.vm_assist = domain.vm_assist
+            ids.append(vcpu.id)
+            blobs += [bytes(vcpu.context), bytes(vcpu.extended), vcpu.xsave, vcpu.msrs]
+        return {"ids": ids}, pack_blobs(*blobs)
+
+
+def _read_file(path: str) -> bytes:
+    try:
+        data = Path(path).read_bytes()
+    except OSError as e:
+        raise StorageError(f"{path}: {e.strerror}") from e
+    if len(data) > _MAX_RAMDISK_BYTES:
+        raise HostCannotTake(f"{path}: {len(data)} bytes: expected at most {_MAX_RAMDISK_BYTES}")
+    return data

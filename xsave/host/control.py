@@ -1,0 +1,207 @@
+"""The control thread of a domain process: its socket, its connections, its console clients.
+
+The vCPU thread owns all domain state. This thread only moves bytes: it reads requests and queues
+them, notices that a connection ended, and carries console traffic. `wake()` gets the vCPU thread
+out of its wait; a guest that runs on without ever crossing into the hypervisor is stopped by the
+ticker (at a block boundary) once a request or a timer has waited for `grace_s`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import selectors
+import socket
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from xsave.errors import ConnectionLost
+from xsave.guest.xen.domctl import receive_message
+
+_TICK_S = 0.002
+_CONSOLE_CHUNK = 4096
+_REQUEST_TIMEOUT_S = 30.0
+
+
+@dataclass(eq=False)
+class Client:
+    """One connection. `console` is set once it became a raw console stream."""
+
+    sock: socket.socket
+    console: bool = False
+    outbox: bytearray = field(default_factory=bytearray)
+
+
+@dataclass(frozen=True)
+class Request:
+    """A message from a client; op "closed" when its connection ended."""
+
+    client: Client
+    op: str
+    arguments: dict[str, Any]
+    blob: bytes = b""
+
+
+class Control:
+    """Runs `serve` in a thread; the vCPU thread takes requests with `next_request`."""
+
+    def __init__(self, listener: socket.socket, type_console: Callable[[bytes], None]) -> None:
+        self._listener = listener
+        self._type_console = type_console
+        self._selector = selectors.DefaultSelector()
+        self._requests: deque[Request] = deque()
+        self._clients: list[Client] = []
+        self.wake_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._own_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._outbox: deque[bytes] = deque()
+
+    def start(self) -> None:
+        threading.Thread(target=self._serve, name="control", daemon=True).start()
+
+    # -- for the vCPU thread -----------------------------------------------------------------------
+
+    def has_requests(self) -> bool:
+        return bool(self._requests)
+
+    def next_request(self) -> Request | None:
+        return self._requests.popleft() if self._requests else None
+
+    def put_back(self, requests: list[Request]) -> None:
+        """Requests that must wait until the guest stands still."""
+        self._requests.extendleft(reversed(requests))
+
+    def wake(self) -> None:
+        os.eventfd_write(self.wake_fd, 1)
+
+    def clear_wake(self) -> None:
+        with contextlib.suppress(BlockingIOError):
+            os.eventfd_read(self.wake_fd)
+
+    def console_output(self, data: bytes) -> None:
+        """Guest output, for every attached console."""
+        self._outbox.append(data)
+        os.eventfd_write(self._own_fd, 1)
+
+    # -- the thread ---------------------------------------------------------------------------------
+
+    def _serve(self) -> None:
+        self._listener.setblocking(False)
+        self._selector.register(self._listener, selectors.EVENT_READ, None)
+        self._selector.register(self._own_fd, selectors.EVENT_READ, None)
+        while True:
+            for key, events in self._selector.select():
+                if key.fileobj is self._listener:
+                    self._accept()
+                elif key.fileobj == self._own_fd:
+                    self._distribute()
+                else:
+                    self._serve_client(key.data, events)
+
+    def _accept(self) -> None:
+        with contextlib.suppress(OSError):
+            sock, _ = self._listener.accept()
+            sock.settimeout(_REQUEST_TIMEOUT_S)
+            client = Client(sock)
+            self._clients.append(client)
+            self._selector.register(sock, selectors.EVENT_READ, client)
+
+    def _serve_client(self, client: Client, events: int) -> None:
+        if events & selectors.EVENT_WRITE:
+            self._flush(client)
+        if not events & selectors.EVENT_READ:
+            return
+        if client.console:
+            self._read_console(client)
+            return
+        try:
+            message, blob = receive_message(client.sock)
+            request = Request(client, str(message.pop("op", "")), message, blob)
+        except (ConnectionLost, ValueError, TypeError, AttributeError):
+            self._drop(client)
+            return
+        if request.op == "console":
+            client.console = True
+            client.sock.setblocking(False)
+        self._requests.append(request)
+        self.wake()
+
+    def _drop(self, client: Client) -> None:
+        with contextlib.suppress(KeyError, ValueError):
+            self._selector.unregister(client.sock)
+        with contextlib.suppress(ValueError):
+            self._clients.remove(client)
+        client.sock.close()
+        self._requests.append(Request(client, "closed", {}))
+        self.wake()
+
+    # -- console ---------------------------------------------------------------------------------------
+
+    def _read_console(self, client: Client) -> None:
+        try:
+            data = client.sock.recv(_CONSOLE_CHUNK)
+        except BlockingIOError:
+            return
+        except OSError:
+            data = b""
+        if data:
+            self._type_console(data)
+            self.wake()
+        else:
+            self._drop(client)
+
+    def _distribute(self) -> None:
+        os.eventfd_read(self._own_fd)
+        while self._outbox:
+            data = self._outbox.popleft()
+            for client in [c for c in self._clients if c.console]:
+                client.outbox += data[: (1 << 20) - len(client.outbox)]
+                self._flush(client)
+
+    def _flush(self, client: Client) -> None:
+        try:
+            while client.outbox:
+                del client.outbox[: client.sock.send(client.outbox)]
+        except BlockingIOError:
+            pass
+        except OSError:
+            self._drop(client)
+            return
+        events = selectors.EVENT_READ | (selectors.EVENT_WRITE if client.outbox else 0)
+        with contextlib.suppress(KeyError):
+            self._selector.modify(client.sock, events, client)
+
+
+class Ticker:
+    """Stops a guest that computes without crossing, when something waits for it.
+
+    `crossings()` counts; `due()` says whether a request or a timer waits; `stop()` ends the run.
+    """
+
+    def __init__(
+        self,
+        grace_s: float,
+        crossings: Callable[[], int],
+        due: Callable[[], bool],
+        stop: Callable[[], None],
+    ) -> None:
+        self.grace_s = grace_s
+        self._crossings, self._due, self._stop = crossings, due, stop
+        self.running = threading.Event()
+
+    def start(self) -> None:
+        threading.Thread(target=self._tick, name="ticker", daemon=True).start()
+
+    def _tick(self) -> None:
+        seen, since = -1, 0.0
+        while True:
+            self.running.wait()
+            time.sleep(_TICK_S)
+            crossings = self._crossings()
+            if crossings != seen or not self._due():
+                seen, since = crossings, time.monotonic()
+            elif time.monotonic() - since >= self.grace_s and self.running.is_set():
+                self._stop()

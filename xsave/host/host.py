@@ -1,0 +1,328 @@
+"""Hosts: a name with a machine, and the domains that run on it.
+
+Every domain has a directory domains/DOMID with domain.json (name, pid), its control socket, its
+console log and the file `alive`, on which its process holds a lock for life. So a dead process
+is known by asking the kernel, and the next command takes its frames back (`reap`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import re
+import shutil
+import socket
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from xsave.errors import (
+    ConnectionLost,
+    GuestStateError,
+    NameTaken,
+    NotFound,
+    StorageError,
+    UsageError,
+)
+from xsave.frames import PAGE_SIZE
+from xsave.guest.xen import machine as xen_machine
+from xsave.guest.xen.domctl import DomainInfo, Domctl
+from xsave.guest.xen.machine import Machine
+from xsave.host import paths
+
+DEFAULT_HOST = "localhost"
+DEFAULT_MEMORY_BYTES = 8 << 30
+NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]{0,62}\Z")
+_DYING_WAIT_S = 10.0
+
+
+def check_name(name: str, what: str) -> None:
+    if not NAME_PATTERN.match(name):
+        raise UsageError(
+            f"{what} name {name!r}: expected a letter or digit, then letters, digits, _ . + -"
+        )
+
+
+def open_host(name: str = DEFAULT_HOST) -> Host:
+    """Return a host; localhost is made on first use. Raises NotFound."""
+    directory = paths.hosts_directory() / name
+    if not (directory / "host.json").exists():
+        if name != DEFAULT_HOST:
+            raise NotFound(f"no host named {name} (xsave host list shows them)")
+        with contextlib.suppress(NameTaken):  # two first commands at the same time
+            add_host(name)
+    return Host(directory)
+
+
+def list_hosts() -> list[Host]:
+    return [
+        Host(directory)
+        for directory in sorted(paths.hosts_directory().iterdir())
+        if (directory / "host.json").exists()
+    ]
+
+
+def add_host(
+    name: str,
+    memory_bytes: int | None = None,
+    seed: int | None = None,
+    ssh: str | None = None,
+) -> Host:
+    """Make a host with an empty machine. Raises NameTaken, UsageError, StorageError."""
+    check_name(name, "host")
+    if ssh is not None:
+        raise UsageError("remote hosts over ssh are not there yet; only local ones")
+    root = paths.hosts_directory()
+    seed = int.from_bytes(os.urandom(6)) if seed is None else seed
+    if seed < 0 or seed >= 1 << 63:
+        raise UsageError(f"seed {seed}: expected 0 to 2^63-1")
+    nr_frames = (DEFAULT_MEMORY_BYTES if memory_bytes is None else memory_bytes) // PAGE_SIZE
+    making = root / f".{name}.{os.getpid()}"
+    making.mkdir(mode=0o700)
+    try:
+        (making / "domains").mkdir(mode=0o700)
+        xen_machine.create_files(making, nr_frames, seed)
+        record = {"name": name, "memory_bytes": nr_frames * PAGE_SIZE, "seed": seed}
+        (making / "host.json").write_text(json.dumps(record))
+        making.rename(root / name)
+    except OSError as e:
+        shutil.rmtree(making, ignore_errors=True)
+        raise NameTaken(f"a host named {name} exists already") from e
+    except BaseException:
+        shutil.rmtree(making, ignore_errors=True)
+        raise
+    return Host(root / name)
+
+
+def remove_host(name: str) -> None:
+    """Remove a host that runs nothing. Raises NotFound, GuestStateError."""
+    host = open_host(name)
+    with host.registry_lock():
+        host.reap()
+        if records := host.records():
+            names = ", ".join(r.name for r in records)
+            raise GuestStateError(f"host {name} still has domains: {names}")
+        shutil.rmtree(host.directory)
+
+
+@dataclass(frozen=True)
+class DomainRecord:
+    """domains/DOMID/domain.json: the name under which a domain can be found."""
+
+    name: str
+    domid: int
+    directory: Path
+    building: bool
+
+
+class Host:
+    """One local host. The machine is mapped when first looked at."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        try:
+            record = json.loads((directory / "host.json").read_text())
+        except (OSError, ValueError) as e:
+            raise NotFound(f"no host named {directory.name}: {e}") from e
+        self.name: str = record["name"]
+        self.memory_bytes: int = record["memory_bytes"]
+        self.ssh: str | None = record.get("ssh")
+        self.nr_frames = self.memory_bytes // PAGE_SIZE
+
+    @cached_property
+    def machine(self) -> Machine:
+        return Machine(self.directory, self.name)
+
+    @property
+    def free_frames(self) -> int:
+        self.settle()
+        return self.machine.free_frames()
+
+    # -- the registry of domains ---------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def registry_lock(self) -> Iterator[None]:
+        """Domids and names are given out under this lock."""
+        fd = os.open(self.directory / "registry", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(fd)
+
+    def records(self) -> list[DomainRecord]:
+        """Return the registered domains, by domid; dead ones included until reaped."""
+        found = []
+        for directory in (self.directory / "domains").iterdir():
+            with contextlib.suppress(OSError, ValueError, KeyError):
+                record = json.loads((directory / "domain.json").read_text())
+                found.append(
+                    DomainRecord(
+                        record["name"], int(directory.name), directory, record.get("building", False)
+                    )
+                )
+        return sorted(found, key=lambda r: r.domid)
+
+    def reap(self) -> None:
+        """Take back the frames of domains whose process is dead. Under the registry lock."""
+        for directory in list((self.directory / "domains").iterdir()):
+            if not directory.name.isdigit() or _alive(directory):
+                continue
+            self.machine.free_domain(int(directory.name))
+            shutil.rmtree(directory, ignore_errors=True)
+
+    def settle(self) -> None:
+        """Reap, after waiting a moment for domains that are on their way out."""
+        deadline = time.monotonic() + _DYING_WAIT_S
+        while time.monotonic() < deadline and any(
+            (d / "dying").exists() and _alive(d) for d in (self.directory / "domains").iterdir()
+        ):
+            time.sleep(0.002)
+        with self.registry_lock():
+            self.reap()
+
+    def register(self, name: str) -> tuple[int, Path, int]:
+        """Reserve a name and a domid; return domid, directory and the locked `alive` fd.
+
+        Raises NameTaken."""
+        check_name(name, "domain")
+        self.settle()
+        with self.registry_lock():
+            records = self.records()
+            if any(r.name == name for r in records):
+                raise NameTaken(f"a domain named {name} exists already on host {self.name}")
+            domid = self._next_domid()
+            directory = self.directory / "domains" / str(domid)
+            directory.mkdir(mode=0o700)
+            alive = os.open(directory / "alive", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            fcntl.flock(alive, fcntl.LOCK_EX)
+            write_record(directory, name=name, building=True)
+        return domid, directory, alive
+
+    def _next_domid(self) -> int:
+        """Count up, as Xen does; domids are not used again soon. Under the registry lock."""
+        counter = self.directory / "next-domid"
+        last = int(counter.read_text()) if counter.exists() else 0
+        taken = {int(d.name) for d in (self.directory / "domains").iterdir() if d.name.isdigit()}
+        domid = last % 0x7FEF + 1
+        while domid in taken:
+            domid = domid % 0x7FEF + 1
+        counter.write_text(str(domid))
+        return domid
+
+    def forget(self, domid: int, directory: Path) -> None:
+        """Undo register(): nothing of the domain is left."""
+        self.machine.free_domain(domid)
+        shutil.rmtree(directory, ignore_errors=True)
+
+    # -- domains ---------------------------------------------------------------------------------------
+
+    def domains(self) -> list[DomainInfo]:
+        """Return the live domains, by domid."""
+        self.settle()
+        found = []
+        for record in self.records():
+            if record.building:
+                continue
+            with contextlib.suppress(ConnectionLost), self._connect(record) as domctl:
+                found.append(domctl.info())
+        return found
+
+    def find(self, name_or_domid: str) -> Domctl:
+        """Connect to a domain by name, else by domid. Raises NotFound."""
+        self.settle()
+        records = [r for r in self.records() if not r.building]
+        match = [r for r in records if r.name == name_or_domid]
+        match = match or [r for r in records if str(r.domid) == name_or_domid]
+        if not match:
+            raise NotFound(f"no domain named {name_or_domid} on host {self.name}")
+        try:
+            return self._connect(match[0])
+        except ConnectionLost:
+            raise NotFound(f"domain {name_or_domid} on host {self.name} has just ended") from None
+
+    def _connect(self, record: DomainRecord) -> Domctl:
+        sock = connect_socket(record.directory)
+        return Domctl(self.machine, record.domid, record.name, sock)
+
+    def check_room(self, nr_pages: int) -> None:
+        """Raise StorageError unless the runtime directory can back so many more pages.
+
+        Memory is sparse: what other domains were promised and have not touched yet counts, else
+        the first touch too many would end in SIGBUS."""
+        status = os.statvfs(self.directory)
+        free = status.f_bavail * status.f_frsize
+        promised = 0
+        for host in list_hosts():
+            owned = host.machine.nr_frames - host.machine.free_frames()
+            resident = (host.directory / "machine.mem").stat().st_blocks * 512
+            promised += max(owned * PAGE_SIZE - resident, 0)
+        need = nr_pages * PAGE_SIZE
+        if need > free - promised:
+            raise StorageError(
+                f"{self.directory}: the domain needs {need >> 20} MiB of memory and there are "
+                f"{max(free - promised, 0) >> 20} MiB left on this filesystem "
+                "(set XSAVE_HOME to a directory on a larger tmpfs)"
+            )
+
+    def info(self) -> dict[str, Any]:
+        """Return what `xsave info` shows."""
+        free = self.free_frames
+        return {
+            "name": self.name,
+            "memory_bytes": self.memory_bytes,
+            "nr_frames": self.nr_frames,
+            "free_frames": free,
+            "first_frame": self.machine.first_frame,
+            "nr_domains": len(self.records()),
+            "directory": str(self.directory),
+        }
+
+
+def _alive(directory: Path) -> bool:
+    """True while some process holds the domain's `alive` lock."""
+    try:
+        fd = os.open(directory / "alive", os.O_RDWR | os.O_CLOEXEC)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return True
+    finally:
+        os.close(fd)
+    return False
+
+
+def write_record(directory: Path, **record: Any) -> None:
+    """Write domain.json, atomically."""
+    making = directory / ".domain.json"
+    making.write_text(json.dumps(record))
+    making.rename(directory / "domain.json")
+
+
+@contextlib.contextmanager
+def socket_address(directory: Path) -> Iterator[str]:
+    """The control socket's address, short enough for any directory (sun_path holds 108 bytes)."""
+    fd = os.open(directory, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        yield f"/proc/self/fd/{fd}/ctl"
+    finally:
+        os.close(fd)
+
+
+def connect_socket(directory: Path) -> socket.socket:
+    """Connect to a domain process. Raises ConnectionLost."""
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        with socket_address(directory) as address:
+            sock.connect(address)
+    except OSError as e:
+        sock.close()
+        raise ConnectionLost(f"the domain's process does not answer: {e.strerror}") from e
+    return sock
