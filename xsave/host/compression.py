@@ -1,0 +1,205 @@
+"""zstd on top of a source or a sink: independent frames on a thread pool.
+
+Reading: a frame that says its content is short is decompressed whole on a thread (so our own
+files use all cores); any other is decompressed here, piece by piece. Either way the memory in use
+is bounded, a cut frame is found, and the decompressor checks the checksums. Writing: 1 MiB of
+content per frame, with its checksum, in order; a table of the frames ends the file. zstd works
+without the GIL.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import zstandard
+
+from xsave.host.sink import Sink
+from xsave.host.source import Source
+from xsave.image.buffers import Buffer, Zeros, nbytes
+from xsave.image.zstdseek import FRAME_CONTENT, MAX_WINDOW, Piece, damaged, seek_table, walk
+
+#: A frame of more content is decompressed in pieces.
+_MAX_WHOLE_FRAME = 4 << 20
+
+
+def nr_workers() -> int:
+    """Return how many threads compress or decompress."""
+    return os.cpu_count() or 1
+
+
+class ZstdSource(Source):
+    """The decompressed content of a source; `position` counts decompressed bytes."""
+
+    def __init__(self, raw: Source) -> None:
+        super().__init__(raw.name)
+        self._raw = raw
+        self._pool = ThreadPoolExecutor(nr_workers(), "decompress")
+        self._local = threading.local()
+        self._chunks = self._decompressed()
+        self._current = memoryview(b"")
+
+    def read(self, n: int) -> memoryview:
+        """Return the next n bytes, a view where they lie in one frame."""
+        if n > len(self._current):
+            self._gather(n)
+        piece, self._current = self._current[:n], self._current[n:]
+        self.position += len(piece)
+        return piece
+
+    def _gather(self, n: int) -> None:
+        parts, size = [self._current], len(self._current)
+        while size < n and (chunk := next(self._chunks, None)) is not None:
+            parts.append(memoryview(chunk))
+            size += len(chunk)
+        self._current = (
+            memoryview(b"".join(parts)) if len(parts) > 2 or len(parts[0]) else parts[-1]
+        )
+
+    def _decompressed(self) -> Iterator[bytes]:
+        pending: deque[Future[bytes]] = deque()
+        for frame in _frames(walk(self._raw.read)):
+            if isinstance(frame, list):
+                pending.append(self._pool.submit(self._whole_frame, frame))
+                if len(pending) > 2 * nr_workers():
+                    yield pending.popleft().result()
+                continue
+            while pending:
+                yield pending.popleft().result()
+            yield from self._long_frame(frame)
+        while pending:
+            yield pending.popleft().result()
+
+    def _whole_frame(self, pieces: list[Piece]) -> bytes:
+        if not hasattr(self._local, "decompressor"):
+            self._local.decompressor = zstandard.ZstdDecompressor(max_window_size=MAX_WINDOW)
+        try:
+            data = b"".join(piece.data for piece in pieces)
+            return bytes(self._local.decompressor.decompress(data))
+        except zstandard.ZstdError as error:
+            raise damaged(str(error), pieces[0].offset) from error
+
+    def _long_frame(self, pieces: Iterator[Piece]) -> Iterator[bytes]:
+        frame = zstandard.ZstdDecompressor(max_window_size=MAX_WINDOW).decompressobj()
+        for piece in pieces:
+            try:
+                yield frame.decompress(piece.data)
+            except zstandard.ZstdError as error:
+                raise damaged(str(error), piece.offset) from error
+            if piece.is_last and not frame.eof:
+                raise damaged("its blocks end too early", piece.offset)
+
+    def close(self) -> None:
+        """Let the threads go and close what is underneath."""
+        self._pool.shutdown(wait=True, cancel_futures=True)
+        self._raw.close()
+
+
+def _frames(pieces: Iterator[Piece]) -> Iterator[list[Piece] | Iterator[Piece]]:
+    """Yield each frame: the list of its pieces if its content is short, else an iterator."""
+    for first in pieces:
+        content = first.header.content_bytes
+        if content is not None and content <= _MAX_WHOLE_FRAME:
+            yield list(_rest_of_frame(first, pieces, content))
+        else:
+            yield _rest_of_frame(first, pieces)
+
+
+def _rest_of_frame(
+    first: Piece, pieces: Iterator[Piece], content: int | None = None
+) -> Iterator[Piece]:
+    """Yield the pieces of one frame; refuse one with more blocks than its content can need."""
+    size, piece = len(first.data), first
+    yield piece
+    while not piece.is_last:
+        piece = next(pieces)
+        size += len(piece.data)
+        if content is not None and size > 2 * _MAX_WHOLE_FRAME:
+            raise damaged("longer than its content", piece.offset, found=f"{size} bytes")
+        yield piece
+
+
+class CompressingSink(Sink):
+    """A sink that compresses what it is given into another one; `position` counts before that."""
+
+    def __init__(self, sink: Sink, level: int) -> None:
+        super().__init__(sink.name)
+        self._sink = sink
+        self._level = level
+        self._pool = ThreadPoolExecutor(nr_workers(), "compress")
+        self._local = threading.local()
+        self._pending: deque[tuple[int, Future[bytes]]] = deque()
+        self._sizes: list[tuple[int, int]] = []
+        self._block = bytearray()
+        self._zero_frame: Future[bytes] | None = None
+
+    def write(self, buffers: Iterable[Buffer]) -> None:
+        """Copy the buffers and compress them; zeros cost next to nothing."""
+        for buffer in buffers:
+            if isinstance(buffer, Zeros):
+                self._append_zeros(buffer.nbytes)
+            elif nbytes(buffer):
+                self._append(memoryview(buffer).cast("B"))
+            self.position += nbytes(buffer)
+
+    def _append(self, view: memoryview) -> None:
+        while len(view):
+            room = FRAME_CONTENT - len(self._block)
+            self._block += view[:room]
+            view = view[room:]
+            self._flush_if(len(self._block) == FRAME_CONTENT)
+
+    def _append_zeros(self, left: int) -> None:
+        while left:
+            step = min(left, FRAME_CONTENT - len(self._block))
+            if step == FRAME_CONTENT:
+                if self._zero_frame is None:
+                    self._zero_frame = self._pool.submit(self._compress, bytes(FRAME_CONTENT))
+                self._queue(FRAME_CONTENT, self._zero_frame)
+            else:
+                self._block += bytes(step)
+                self._flush_if(len(self._block) == FRAME_CONTENT)
+            left -= step
+
+    def _flush_if(self, is_due: bool) -> None:
+        if is_due:
+            block, self._block = self._block, bytearray()
+            self._queue(len(block), self._pool.submit(self._compress, block))
+
+    def _queue(self, content_bytes: int, frame: Future[bytes]) -> None:
+        self._pending.append((content_bytes, frame))
+        if len(self._pending) > 4 * nr_workers():
+            self._write_oldest()
+
+    def _write_oldest(self) -> None:
+        content_bytes, frame = self._pending.popleft()
+        data = frame.result()
+        self._sizes.append((len(data), content_bytes))
+        self._sink.write([data])
+
+    def _compress(self, block: bytes | bytearray) -> bytes:
+        if not hasattr(self._local, "compressor"):
+            self._local.compressor = zstandard.ZstdCompressor(
+                level=self._level, write_checksum=True, write_content_size=True
+            )
+        return bytes(self._local.compressor.compress(block))
+
+    def precheck(self, nbytes: int) -> None:
+        """Nothing can be said: the compressed size is not known."""
+
+    def commit(self) -> None:
+        """Compress the rest, write the table, commit the sink underneath."""
+        self._flush_if(bool(self._block))
+        while self._pending:
+            self._write_oldest()
+        self._pool.shutdown()
+        self._sink.write([seek_table(self._sizes)])
+        self._sink.commit()
+
+    def abort(self) -> None:
+        """Let the threads go and abort the sink underneath."""
+        self._pool.shutdown(wait=True, cancel_futures=True)
+        self._sink.abort()

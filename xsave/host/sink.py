@@ -1,0 +1,230 @@
+"""Where an image is written to: a file that appears only when it is complete, or a descriptor.
+
+`write(buffers)` takes what image/ makes: bytes, memoryviews, numpy arrays, `Zeros(n)`. It is
+done with the buffers when it returns. In a file zeros are skipped: a hole reads back as zeros,
+and the bytes are those any Xen reads; a pipe gets them written.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import select
+import tempfile
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import NoReturn, Self
+
+from xsave.errors import StorageError
+from xsave.host.channel import storage_error
+from xsave.image.buffers import Buffer, Zeros, nbytes
+
+#: Buffers and bytes of one system call, well below IOV_MAX and MAX_RW_COUNT.
+_MAX_BUFFERS = 512
+_MAX_BYTES = 1 << 30
+_ZEROS = memoryview(bytes(1 << 20))
+
+
+class Sink:
+    """What all sinks share; leaving the `with` without `commit` is an abort."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.position = 0  # bytes of the stream so far
+
+    def write(self, buffers: Iterable[Buffer]) -> None:
+        """Append these buffers to the stream."""
+        raise NotImplementedError
+
+    def precheck(self, nbytes: int) -> None:
+        """Raise StorageError if that many bytes will not fit, where that can be known."""
+
+    def commit(self) -> None:
+        """Finish: all that was written is safe when this returns."""
+
+    def abort(self) -> None:
+        """Give up: leave nothing behind that looks like an image. A no-op after commit."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        tb: TracebackType | None,
+    ) -> None:
+        self.abort()
+
+
+class FileSink(Sink):
+    """A regular file: written beside its place as `.NAME.XXXXXX` (mode 0600), renamed last."""
+
+    def __init__(self, path: str) -> None:
+        super().__init__(path)
+        self._target = os.path.realpath(path)  # a symbolic link stays one
+        self._directory = os.path.dirname(self._target)  # noqa: PTH120
+        prefix = f".{Path(self._target).name[:200]}."
+        try:
+            self._fd, self._temporary = tempfile.mkstemp(prefix=prefix, dir=self._directory)
+        except (OSError, ValueError) as error:
+            self._fd = -1
+            self._fail(error)
+
+    def write(self, buffers: Iterable[Buffer]) -> None:
+        """Append the buffers; zeros become holes."""
+        try:
+            for batch in _batches(buffers):
+                if isinstance(batch, Zeros):
+                    self.position += batch.nbytes
+                else:
+                    self._write_all(batch)
+        except OSError as error:
+            self._fail(error)
+
+    def _write_all(self, views: list[memoryview]) -> None:
+        while views:
+            written = os.pwritev(self._fd, views, self.position)
+            self.position += written
+            views = _behind(views, written)
+
+    def precheck(self, nbytes: int) -> None:
+        """Raise StorageError unless the file system has that many bytes free."""
+        if (free := self._free_bytes()) < nbytes:
+            self._no_space(free, nbytes)
+
+    def commit(self) -> None:
+        """Give the file its length, put it on disk and in its place, and the name on disk too."""
+        try:
+            os.ftruncate(self._fd, self.position)  # it may end in a hole
+            os.fsync(self._fd)
+            os.close(self._fd)
+            self._fd = -1
+            os.replace(self._temporary, self._target)  # noqa: PTH105
+            _fsync_directory(self._directory)
+        except OSError as error:
+            self._fail(error)
+        self._temporary = ""
+
+    def abort(self) -> None:
+        """Remove the temporary file."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+        if self._temporary:
+            Path(self._temporary).unlink(missing_ok=True)
+            self._temporary = ""
+
+    def _free_bytes(self) -> int:
+        try:
+            found = os.statvfs(self._directory)
+        except OSError as error:
+            self._fail(error)
+        return found.f_bavail * found.f_frsize
+
+    def _fail(self, error: OSError | ValueError) -> NoReturn:
+        if not isinstance(error, OSError):
+            raise StorageError(f"cannot write {self.name!r}: {error}") from error
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            self._no_space(self._free_bytes(), None, error)
+        storage_error(error, self.name, "write")
+
+    def _no_space(self, free: int, needed: int | None, error: OSError | None = None) -> NoReturn:
+        more = f"{needed} bytes are needed" if needed else f"it ended at byte {self.position}"
+        reason = error.strerror if error else "not enough space"
+        message = f"cannot write {self.name}: {reason}: {free} bytes are free, {more}"
+        facts = {"path": self.name, "free_bytes": free, "needed_bytes": needed or self.position}
+        raise StorageError(message, **facts) from error
+
+
+class DescriptorSink(Sink):
+    """A pipe, a device, standard output: written straight, closed by commit and abort."""
+
+    def __init__(self, fd: int, name: str) -> None:
+        super().__init__(name)
+        self._fd = fd
+
+    def write(self, buffers: Iterable[Buffer]) -> None:
+        """Append the buffers; zeros are written."""
+        for batch in _batches(buffers):
+            if isinstance(batch, Zeros):
+                for views in _zero_batches(batch.nbytes):
+                    self._write_all(views)
+            else:
+                self._write_all(batch)
+
+    def _write_all(self, views: list[memoryview]) -> None:
+        while views:
+            try:
+                written = os.writev(self._fd, views)
+            except BlockingIOError:
+                select.select([], [self._fd], [])
+                continue
+            except OSError as error:
+                storage_error(error, self.name, "write")
+            self.position += written
+            views = _behind(views, written)
+
+    def commit(self) -> None:
+        """Put it on disk where there is one, and close: a pipe acknowledges nothing more."""
+        try:
+            os.fsync(self._fd)
+        except OSError as error:
+            if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EROFS):
+                storage_error(error, self.name, "write")
+        fd, self._fd = self._fd, -1
+        try:
+            os.close(fd)
+        except OSError as error:
+            storage_error(error, self.name, "write")
+
+    def abort(self) -> None:
+        """Close; what was written is written."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+
+def _fsync_directory(directory: str) -> None:
+    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def _batches(buffers: Iterable[Buffer]) -> Iterator[list[memoryview] | Zeros]:
+    """Yield lists of views for one system call each, and the Zeros between them."""
+    views: list[memoryview] = []
+    size = 0
+    for buffer in buffers:
+        length = nbytes(buffer)
+        is_zeros = isinstance(buffer, Zeros)
+        if views and (is_zeros or len(views) == _MAX_BUFFERS or size + length > _MAX_BYTES):
+            yield views
+            views, size = [], 0
+        if is_zeros:
+            yield buffer
+        elif length:
+            views.append(memoryview(buffer).cast("B"))
+            size += length
+    if views:
+        yield views
+
+
+def _zero_batches(nbytes: int) -> Iterator[list[memoryview]]:
+    whole, left = divmod(nbytes, len(_ZEROS))
+    for _ in range(whole):
+        yield [_ZEROS]
+    if left:
+        yield [_ZEROS[:left]]
+
+
+def _behind(views: list[memoryview], written: int) -> list[memoryview]:
+    """Return what is left of the views behind their first `written` bytes."""
+    for index, view in enumerate(views):
+        if written < len(view):
+            return [view[written:], *views[index + 1 :]]
+        written -= len(view)
+    return []
