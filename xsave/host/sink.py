@@ -29,6 +29,9 @@ _ZEROS = memoryview(bytes(1 << 20))
 class Sink:
     """What all sinks share; leaving the `with` without `commit` is an abort."""
 
+    #: Whether it pays to look for zero pages and hand them over as Zeros.
+    wants_zeros = True
+
     def __init__(self, name: str) -> None:
         self.name = name
         self.position = 0  # bytes of the stream so far
@@ -140,6 +143,8 @@ class FileSink(Sink):
 
 class DescriptorSink(Sink):
     """A pipe, a device, standard output: written straight, closed by commit and abort."""
+
+    wants_zeros = False
 
     def __init__(self, fd: int, name: str) -> None:
         super().__init__(name)

@@ -16,12 +16,16 @@ import numpy as np
 
 from xsave.errors import ImageError
 from xsave.frames import PAGE_SIZE, PageType, type_has_data
+from xsave.image.buffers import Buffer, Zeros
 from xsave.image.record import MAX_BODY, RECORD_HEADER, Layout, layout, u32
 
 TYPE, NAME = 0x01, "PAGE_DATA"
 #: Entries per record that Xen's own writer uses at most (MAX_BATCH_SIZE).
 MAX_BATCH = 1024
 MAX_PFN = (1 << 52) - 1
+#: A shorter run of zero pages is written: it would free few blocks, or none where the pages of
+#: the image do not lie on block boundaries (they hardly ever do), and cost a system call.
+MIN_HOLE_PAGES = 4
 
 _PFN_MASK = np.uint64(MAX_PFN)
 _HAS_DATA = np.array([type_has_data(t) for t in range(16)])
@@ -152,3 +156,20 @@ def zero_pages(pages: np.ndarray) -> np.ndarray:
     if head:
         zero &= ~pages[:, :head].any(axis=1) & ~pages[:, head + 8 * nr_words :].any(axis=1)
     return zero
+
+
+def with_holes(pages: np.ndarray, zero: np.ndarray) -> list[Buffer]:
+    """Return the buffers of these pages u8 (m, 4096), long runs of `zero` ones as Zeros.
+
+    `zero` is bool (m,); where it is True the page is not looked at, if its run is long enough.
+    """
+    edges = np.flatnonzero(np.diff(zero)) + 1
+    starts = [0, *edges.tolist()]
+    ends = [*edges.tolist(), len(pages)]
+    buffers: list[Buffer] = []
+    data_start = 0
+    for start, end in zip(starts, ends, strict=True):
+        if start < len(zero) and zero[start] and end - start >= MIN_HOLE_PAGES:
+            buffers += [pages[data_start:start], Zeros((end - start) * PAGE_SIZE)]
+            data_start = end
+    return [buffer for buffer in (*buffers, pages[data_start:]) if buffer.nbytes]
