@@ -14,28 +14,19 @@ from __future__ import annotations
 import os
 import re
 import stat
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
 from xsave.errors import StorageError
+from xsave.host.oserror import BrokenPipe, storage_error
 
 if TYPE_CHECKING:
     from xsave.host.sink import Sink
     from xsave.host.source import Source
 
+__all__ = ["BrokenPipe", "open_sink", "open_source"]
+
 _OWN_DESCRIPTOR = re.compile(r"/(?:dev|proc/self)/fd/(\d{1,6})")
 _STANDARD = {"-": 1, "/dev/stdout": 1, "/dev/stderr": 2}
-
-
-class BrokenPipe(StorageError):
-    """Whoever read our output is gone: a clean stop, not a fault."""
-
-
-def storage_error(error: OSError, name: str, verb: str) -> NoReturn:
-    """Raise the StorageError for what the operating system said about the channel `name`."""
-    reason = error.strerror or str(error)
-    if isinstance(error, BrokenPipeError | ConnectionResetError) and verb == "write":
-        raise BrokenPipe(f"cannot {verb} {name}: {reason}", path=name) from error
-    raise StorageError(f"cannot {verb} {name}: {reason}", path=name, errno=error.errno) from error
 
 
 def open_source(path: str) -> Source:

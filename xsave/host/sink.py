@@ -17,7 +17,7 @@ from types import TracebackType
 from typing import NoReturn, Self
 
 from xsave.errors import StorageError
-from xsave.host.channel import storage_error
+from xsave.host.oserror import storage_error
 from xsave.image.buffers import Buffer, Zeros, nbytes
 
 #: Buffers and bytes of one system call, well below IOV_MAX and MAX_RW_COUNT.

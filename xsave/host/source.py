@@ -19,7 +19,7 @@ import numpy as np
 
 from xsave.errors import StorageError
 from xsave.frames import PAGE_SIZE
-from xsave.host.channel import storage_error
+from xsave.host.oserror import storage_error
 
 _READ_AHEAD = 1 << 18
 
