@@ -1,0 +1,116 @@
+"""Check an HVM or PVH guest: its two records, its emulator's, and the pages they name.
+
+The context is a chain of {u16 typecode, u16 instance, u32 length} and a body each, from HEADER to
+END (xen/include/public/hvm/save.h). Its parts are Xen's own; only the chain is looked at.
+"""
+
+from __future__ import annotations
+
+import struct
+
+import numpy as np
+
+from xsave.image.libxc import HvmContext, HvmParams, PageBatch
+from xsave.image.libxl import EmulatorContext, EmulatorXenstoreData
+from xsave.image.stream import Item
+from xsave.image.verify.findings import Findings
+from xsave.image.verify.model import Image
+from xsave.image.verify.tables import LEVELS
+
+_DESCRIPTOR = struct.Struct("<HHI")
+_END, _HEADER, _CPU = 0, 1, 2
+_MAGIC = 0x5438_1286
+#: Parameters that name a page, and those without which there is no console or xenstore.
+_PFN_PARAMS = {1: "STORE_PFN", 5: "IOREQ_PFN", 6: "BUFIOREQ_PFN", 17: "CONSOLE_PFN"}
+_NEEDED_PARAMS = (1, 17)
+_EMULATORS = (0, 1, 2)
+
+
+def check(image: Image, findings: Findings) -> None:
+    """Check the records and the types of the pages."""
+    wrong = np.flatnonzero(LEVELS[image.frames.types])
+    if len(wrong):
+        text = f"pfn {image.frames.pfns[wrong[0]]:#x} is a page table"
+        offset = int(image.frames.offsets[wrong[0]])
+        more = len(wrong) - 1
+        findings.add("page-type", text, record=PageBatch.NAME, offset=offset, more=more)
+    if item := image.items.get(HvmContext.NAME):
+        _check_context(findings, item)
+    else:
+        findings.add("missing-record", "it never came", record=HvmContext.NAME)
+    if item := image.items.get(HvmParams.NAME):
+        _check_params(image, findings, item)
+    else:
+        findings.add("hvm-sparse", "it never came", record=HvmParams.NAME)
+    _check_emulator(image, findings)
+
+
+def _check_context(findings: Findings, item: Item) -> None:
+    content: bytes = item.value.content
+    seen: list[int] = []
+    at, what = 0, ""
+    while not what and (not seen or seen[-1] != _END):
+        if at + _DESCRIPTOR.size > len(content):
+            what = "the chain has no END"
+            break
+        kind, _, length = _DESCRIPTOR.unpack_from(content, at)
+        what = _link_fault(content, at, kind, length, is_first=not seen)
+        seen.append(kind)
+        at += _DESCRIPTOR.size + length
+    if not what and at != len(content):
+        what = f"{len(content) - at} bytes behind END"
+    if not what and _CPU not in seen:
+        what = "no CPU"
+    if what:
+        offset = item.offset + 8 + min(at, len(content))
+        findings.add("hvm-context", what, record=item.value.NAME, offset=offset)
+
+
+def _link_fault(content: bytes, at: int, kind: int, length: int, *, is_first: bool) -> str:
+    """Return what is wrong with one link of the chain, "" if nothing is."""
+    body = at + _DESCRIPTOR.size
+    if body + length > len(content):
+        return f"an entry of type {kind} has {length} bytes, {len(content) - body} are left"
+    if is_first != (kind == _HEADER):
+        return f"an entry of type {kind}, expected the header" if is_first else "a second header"
+    if is_first and (length < 4 or int.from_bytes(content[body : body + 4], "little") != _MAGIC):
+        return "the header has not the magic of an HVM context"
+    return f"END has {length} bytes" if kind == _END and length else ""
+
+
+def _check_params(image: Image, findings: Findings, item: Item) -> None:
+    params: tuple[tuple[int, int], ...] = item.value.params
+    place = {"record": item.value.NAME, "offset": item.offset}
+    values = dict(params)
+    if len(values) != len(params):
+        findings.add("hvm-params", "a parameter comes twice", **place)
+    for index, name in _PFN_PARAMS.items():
+        if index in values and image.frames.type_of(values[index]) != 0:
+            text = f"{name} is {values[index]:#x}, which has no content in the image"
+            findings.add("hvm-params", text, **place)
+    for index in _NEEDED_PARAMS:
+        if not values.get(index):
+            findings.add("hvm-sparse", f"no {_PFN_PARAMS[index]}", **place)
+
+
+def _check_emulator(image: Image, findings: Findings) -> None:
+    for name in (EmulatorXenstoreData.NAME, EmulatorContext.NAME):
+        item = image.items.get(name)
+        if item and item.value.emulator_id not in _EMULATORS:
+            text = f"unknown emulator {item.value.emulator_id}"
+            findings.add("emulator", text, record=name, offset=item.offset)
+    item = image.items.get(EmulatorXenstoreData.NAME)
+    if item and (what := _xenstore_fault(item.value.content)):
+        findings.add("emulator", what, record=item.value.NAME, offset=item.offset)
+
+
+def _xenstore_fault(content: bytes) -> str:
+    if not content:
+        return ""
+    if not content.endswith(b"\0"):
+        return "the last string has no NUL"
+    strings = content[:-1].split(b"\0")
+    if len(strings) % 2:
+        return "a key has no value"
+    wrong = [key for key in strings[::2] if not key or key.startswith(b"/")]
+    return f"{wrong[0]!r} is no relative key" if wrong else ""
