@@ -1,0 +1,165 @@
+"""save, restore, migrate, migrate-receive: a domain becomes bytes and bytes become a domain."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import TYPE_CHECKING
+
+import click
+
+from xsave.commands.common import DOMAIN, HOST, Settings, json_option, pass_settings
+from xsave.errors import NotFound, UsageError
+
+if TYPE_CHECKING:
+    from xsave.guest.xen.domctl import Domctl
+    from xsave.host.host import Host
+
+STDIO = "-"
+DEFAULT_COMPRESS_LEVEL = 1
+
+
+@click.command()
+@click.argument("name", type=DOMAIN)
+@click.argument("file", metavar="FILE|-", type=click.Path(allow_dash=True))
+@click.option("-c", "--leave-running", is_flag=True, help="The domain runs on afterwards.")
+@click.option("-p", "--leave-paused", is_flag=True, help="The domain is paused afterwards.")
+@click.option("--compress", is_flag=True, help="Write zstd; restore and zstd -d read it.")
+@click.option(
+    "--compress-level",
+    type=click.IntRange(1, 19),
+    metavar="N",
+    help=f"zstd's level (1 to 19, {DEFAULT_COMPRESS_LEVEL}); implies --compress.",
+)
+@json_option
+@pass_settings
+def save(
+    settings: Settings,
+    name: str,
+    file: str,
+    leave_running: bool,
+    leave_paused: bool,
+    compress: bool,
+    compress_level: int | None,
+    as_json: bool,
+) -> None:
+    """Suspend a domain and save it to FILE, in Xen's own format.
+
+    The domain ends only when the image is complete and on disk; after any failure it runs on.
+    """
+    from xsave import save as verb
+    from xsave.host.channel import open_sink
+
+    leave = leave_as(leave_running, leave_paused)
+    settings.stdout_is_data = file == STDIO
+    level = compress_level or (DEFAULT_COMPRESS_LEVEL if compress else None)
+    with (
+        settings.find(name) as domctl,
+        open_sink(file, compress_level=level) as sink,
+        settings.progress() as report,
+    ):
+        result = verb.save(domctl, sink.write, commit=sink.commit, leave=leave, report=report)
+    settings.answer(as_json, asdict(result), f"{name}: saved to {file}")
+
+
+def leave_as(running: bool, paused: bool) -> str:
+    """Return what becomes of the domain after a save."""
+    if running and paused:
+        raise UsageError("--leave-running and --leave-paused exclude each other")
+    return "running" if running else "paused" if paused else "destroyed"
+
+
+@click.command()
+@click.argument("file", metavar="FILE|-", type=click.Path(allow_dash=True))
+@click.option("--name", metavar="NAME", help="The domain's name (default: the image's).")
+@click.option("-p", "--paused", is_flag=True, help="Leave the domain paused.")
+@click.option(
+    "--cpu-mismatch",
+    type=click.Choice(["refuse", "allow"]),
+    default="refuse",
+    show_default=True,
+    help="What if the image was promised CPU features this host lacks.",
+)
+@json_option
+@pass_settings
+def restore(
+    settings: Settings,
+    file: str,
+    name: str | None,
+    paused: bool,
+    cpu_mismatch: str,
+    as_json: bool,
+) -> None:
+    """Continue the guest of an image, on fresh frames; zstd is recognised.
+
+    After any failure nothing is left of the new domain.
+    """
+    from xsave import restore as verb
+    from xsave.host.channel import open_source
+
+    host = settings.open_host()
+    with open_source(file) as source, settings.progress() as report:
+        info = verb.restore(
+            source,
+            domain_maker(host),
+            name=name,
+            paused=paused,
+            cpu_mismatch=cpu_mismatch,
+            nr_frames=host.nr_frames,
+            report=report,
+        )
+    settings.answer(as_json, asdict(info), f"{info.name}: domain {info.domid}, {info.state}")
+
+
+def domain_maker(host: Host) -> Callable[[str, int], Domctl]:
+    """Return what starts an empty domain of this host, given its name and pages."""
+    from xsave.host.process import spawn
+
+    def make(name: str, nr_pages: int) -> Domctl:
+        host.check_room(nr_pages)
+        return spawn(host, name)
+
+    return make
+
+
+@click.command()
+@click.argument("name", type=DOMAIN, required=False)
+@click.option("--to", "target", type=HOST, required=True, help="The host to move to.")
+@json_option
+@pass_settings
+def migrate(settings: Settings, name: str | None, target: str, as_json: bool) -> None:
+    """Move a domain to another host: suspend, stream, hand over, then end the source.
+
+    NAME may be left out where the host runs just one domain.
+    """
+    from xsave import migrate as verb
+    from xsave.host.host import open_host
+
+    destination = open_host(target)
+    with settings.find(name or only_domain(settings)) as domctl, settings.progress() as report:
+        info = verb.migrate(domctl, destination, report)
+    settings.answer(as_json, asdict(info), f"{info.name}: domain {info.domid} on {target}")
+
+
+def only_domain(settings: Settings) -> str:
+    """Return the name of the host's one domain."""
+    names = [domain.name for domain in settings.open_host().domains()]
+    if not names:
+        raise NotFound(f"host {settings.host} runs no domain")
+    if len(names) > 1:
+        raise UsageError(f"host {settings.host} runs {len(names)}: say which ({', '.join(names)})")
+    return names[0]
+
+
+@click.command("migrate-receive")
+@json_option
+@pass_settings
+def migrate_receive(settings: Settings, as_json: bool) -> None:
+    """The far end of a migration: a stream on stdin, answers on stdout."""
+    from xsave import migrate as verb
+
+    settings.stdout_is_data = True
+    host = settings.open_host()
+    with settings.progress() as report:
+        info = verb.receive(host, 0, 1, report)
+    settings.answer(as_json, asdict(info), f"{info.name}: received as domain {info.domid}")
