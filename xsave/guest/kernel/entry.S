@@ -41,13 +41,31 @@
 	xorl	%r11d, %r11d
 	.endm
 
-	/* Zero [rdi, rsp): the dead part of the stack. Uses rax, rcx, rdi. */
+	/*
+	 * Make [rdi, rsp), the dead part of the stack, zero. Most of it is: it is looked at
+	 * first, which is cheaper than a store and leaves clean pages clean. Uses rax, rdi.
+	 */
 	.macro SCRUB_BELOW
-	movq	%rsp, %rcx
-	subq	%rdi, %rcx
-	shrq	$3, %rcx
-	xorl	%eax, %eax
-	rep stosq
+	jmp	2f
+1:	movq	(%rdi), %rax
+	orq	8(%rdi), %rax
+	orq	16(%rdi), %rax
+	orq	24(%rdi), %rax
+	leaq	32(%rdi), %rdi
+	jz	2f
+	movq	$0, -32(%rdi)
+	movq	$0, -24(%rdi)
+	movq	$0, -16(%rdi)
+	movq	$0, -8(%rdi)
+2:	leaq	32(%rdi), %rax
+	cmpq	%rsp, %rax
+	jbe	1b
+3:	cmpq	%rsp, %rdi
+	jae	4f
+	movq	$0, (%rdi)
+	addq	$8, %rdi
+	jmp	3b
+4:
 	.endm
 
 	.text
