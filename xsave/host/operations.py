@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 
 #: How long the guest may take to acknowledge, and then to suspend (as libxl: 60 s each).
 SUSPEND_TIMEOUT_S = 60.0
+#: How long a fresh process waits for the command that started it to say what to build.
+_BUILDER_TIMEOUT_S = 30.0
 #: Requests that change what the guest does next: a deterministic guest gets them only while it
 #: stands still at its horizon, so that real time cannot matter.
 _AT_HORIZON = {"suspend", "shutdown"}
@@ -48,7 +50,7 @@ class Operations:
         self.paused = True
         self._saver: Request | None = None
         self._suspend_stage = ""
-        self._deadline: float | None = None
+        self._deadline: float | None = time.monotonic() + _BUILDER_TIMEOUT_S
         self._building = Building(process)
 
     @property
@@ -60,7 +62,7 @@ class Operations:
     # -- the loop's side ---------------------------------------------------------------------------
 
     def deadline_s(self) -> float | None:
-        """Seconds until a waiting suspend is given up, None if none waits."""
+        """Seconds until a waiting suspend (or a builder) is given up, None if none waits."""
         return None if self._deadline is None else max(self._deadline - time.monotonic(), 0.0)
 
     def serve(self) -> None:
@@ -72,6 +74,8 @@ class Operations:
             else:
                 self._serve_one(request)
         self._process.control.put_back(later)
+        if self._process.domain is None and self.deadline_s() == 0.0:
+            self._process.finished = True
         self._check_suspend()
 
     def _must_wait(self) -> bool:
@@ -88,6 +92,8 @@ class Operations:
         if request.op == "closed":
             self._closed(request.client)
             return
+        if request.op == "begin":
+            self._deadline = None
         name = "op_" + request.op
         handler: Callable[[Request], Answer | None] | None = getattr(
             self, name, getattr(self._building, name, None)
@@ -108,7 +114,8 @@ class Operations:
             send_message(client.sock, message, blob)
 
     def _closed(self, client: Client) -> None:
-        if client is self._building.builder and not self._building.committed:
+        building = self._building
+        if not building.committed and building.builder in (None, client):
             self._process.finished = True
         if self._saver is not None and client is self._saver.client:
             self._saver = None

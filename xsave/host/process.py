@@ -10,6 +10,7 @@ between two runs of the guest (operations.py), at once when it blocks.
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import os
 import select
 import shutil
@@ -176,6 +177,7 @@ def main(arguments: list[str]) -> None:
     host_directory, domid, name, listen_fd, _alive_fd = arguments
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    faulthandler.register(signal.SIGUSR1)  # where does it hang? the answer is in process.log
     listener = socket.socket(fileno=int(listen_fd))
     listener.set_inheritable(False)
     host = hosts.Host(Path(host_directory))

@@ -30,6 +30,7 @@ from xsave.guest.xen.machine import Machine
 _HEADER = struct.Struct("<II")
 _MAX_MESSAGE = 64 << 20
 _TABLE_LEVELS = 4
+_ABANDON_TIMEOUT_S = 20.0
 
 
 @dataclass(frozen=True)
@@ -152,6 +153,7 @@ class Domctl:
         self.machine = machine
         self.domid = domid
         self.name = name
+        self.shared_info_mfn = 0  # known once begin() was called
         self._sock = sock
 
     def __enter__(self) -> Domctl:
@@ -282,9 +284,27 @@ class Domctl:
 
     # -- building, for a restore ---------------------------------------------------------------------
 
-    def begin(self, **arguments: Any) -> dict[str, Any]:
-        """Make the empty domain: nr_vcpus, max_pages. Returns shared_info_mfn. Takes the lease."""
-        return self._call("begin", **arguments)[0]
+    def begin(
+        self, *, nr_vcpus: int, max_pages: int, deterministic: bool = False, builtin: bool = False
+    ) -> None:
+        """Make the empty domain. Raises HostCannotTake, OutOfFrames."""
+        message, _ = self._call(
+            "begin",
+            nr_vcpus=nr_vcpus,
+            max_pages=max_pages,
+            deterministic=deterministic,
+            builtin=builtin,
+        )
+        self.shared_info_mfn = message["shared_info_mfn"]
+
+    def abandon(self) -> None:
+        """Give up a domain that was being built; waits until nothing of it is left."""
+        with contextlib.suppress(XsaveError):
+            self.destroy()
+        with contextlib.suppress(OSError, ConnectionLost):
+            self._sock.settimeout(_ABANDON_TIMEOUT_S)
+            _receive(self._sock, 1)  # its end closes the connection
+        self.close()
 
     def populate(self, nr: int) -> np.ndarray:
         """Take fresh frames for the domain, all zero, shuffled: (nr,) u64. Raises OutOfFrames."""

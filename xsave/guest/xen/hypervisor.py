@@ -206,6 +206,8 @@ class Hypervisor:
         callback = vcpu.context.event_callback_eip
         if not callback:
             return False
+        # An event that comes in the very crossing in which the vCPU blocks has woken it.
+        vcpu.blocked = False
         self._bounce(callback, None, mask=True, skip=skip)
         return True
 

@@ -1,0 +1,107 @@
+"""Canonicalise and localise: machine frame numbers in pages to guest pfns, and back.
+
+Pure functions over whole batches of page-table pages, (n, 512) u64. Xen's libxc v2 says
+normalise_page and localise_page (tools/libs/guest/xg_sr_{save,restore}_x86_pv.c); the literature
+says canonicalise. Only present entries hold frame numbers; an L4 loses the slots that are Xen's.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from xsave.frames import (
+    INVALID_P2M_ENTRY,
+    PAGE_SHIFT,
+    PTE_FLAGS_MASK,
+    PTE_FRAME_MASK,
+    PTE_PRESENT,
+    PTE_PSE,
+    XEN_L4_SLOTS,
+)
+
+_SHIFT = np.uint64(PAGE_SHIFT)
+_FRAME = np.uint64(PTE_FRAME_MASK)
+_FLAGS = np.uint64(PTE_FLAGS_MASK)
+_PRESENT = np.uint64(PTE_PRESENT)
+
+
+@dataclass(frozen=True)
+class Canonicalised:
+    """The result for n tables.
+
+    tables: (n, 512) u64 with pfns; deferred: (n,) bool, tables with an entry that names a frame
+    the guest has no pfn for. On a running guest such a table is sent later (XTAB for now), on a
+    suspended one that is fatal. bad: (k, 2) rows (table index, slot) of those entries.
+    """
+
+    tables: np.ndarray
+    deferred: np.ndarray
+    bad: np.ndarray
+
+
+def mfns_to_pfns(mfns: np.ndarray, m2p: np.ndarray, p2m: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return (pfns, valid) for mfns of any shape.
+
+    A frame is the guest's if m2p names a pfn inside the p2m and p2m agrees: either table alone
+    may hold anything, as the guest writes to both.
+    """
+    inside = mfns < np.uint64(m2p.size)
+    pfns = m2p[np.where(inside, mfns, np.uint64(0))]
+    inside &= pfns < np.uint64(p2m.size)
+    pfns = np.where(inside, pfns, np.uint64(0))
+    return pfns, inside & (p2m[pfns] == mfns)
+
+
+def canonicalise(
+    tables: np.ndarray, levels: np.ndarray, m2p: np.ndarray, p2m: np.ndarray
+) -> Canonicalised:
+    """Replace mfns by pfns in the present entries of n page tables of levels 1..4.
+
+    A superpage entry (PSE above level 1) counts as bad: Xen cannot migrate those either.
+    """
+    out = tables.copy()
+    first, last = XEN_L4_SLOTS
+    out[levels == 4, first : last + 1] = 0
+    rows, slots = np.nonzero(out & _PRESENT)
+    entries = out[rows, slots]
+    pfns, valid = mfns_to_pfns((entries & _FRAME) >> _SHIFT, m2p, p2m)
+    valid &= ((entries & np.uint64(PTE_PSE)) == 0) | (levels[rows] == 1)
+    out[rows, slots] = (entries & _FLAGS) | np.where(valid, pfns << _SHIFT, entries & _FRAME)
+    deferred = np.zeros(len(tables), bool)
+    deferred[rows[~valid]] = True
+    return Canonicalised(out, deferred, np.column_stack((rows[~valid], slots[~valid])))
+
+
+def referenced_pfns(tables: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return (rows, slots, pfns) of the present entries of canonical tables."""
+    rows, slots = np.nonzero(tables & _PRESENT)
+    return rows, slots, (tables[rows, slots] & _FRAME) >> _SHIFT
+
+
+def localise(tables: np.ndarray, p2m: np.ndarray) -> np.ndarray:
+    """Replace pfns by mfns in the present entries; every pfn must be inside p2m and mapped."""
+    out = tables.copy()
+    rows, slots, pfns = referenced_pfns(tables)
+    out[rows, slots] = (tables[rows, slots] & _FLAGS) | (p2m[pfns] << _SHIFT)
+    return out
+
+
+def canonical_p2m(p2m: np.ndarray, per_page: int = 512) -> np.ndarray:
+    """Return the p2m's pages as an image holds them, (n, 512) u64: entry i is i, or invalid.
+
+    Xen's own tools leave the sender's mfns in these pages and overwrite them on restore; with
+    the identity in their place no mfn of the host gets into the image.
+    """
+    pages = np.full(-(-p2m.size // per_page) * per_page, INVALID_P2M_ENTRY, np.uint64)
+    pfns = np.arange(p2m.size, dtype=np.uint64)
+    pages[: p2m.size] = np.where(p2m != np.uint64(INVALID_P2M_ENTRY), pfns, pages[: p2m.size])
+    return pages.reshape(-1, per_page)
+
+
+def local_p2m(p2m: np.ndarray, per_page: int = 512) -> np.ndarray:
+    """Return the p2m's pages as the guest finds them after a restore, (n, 512) u64."""
+    pages = np.full(-(-p2m.size // per_page) * per_page, INVALID_P2M_ENTRY, np.uint64)
+    pages[: p2m.size] = p2m
+    return pages.reshape(-1, per_page)

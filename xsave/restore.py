@@ -1,0 +1,352 @@
+"""restore: an image becomes a domain on fresh frames, or nothing at all.
+
+    read -> order check -> populate fresh mfns -> place pages -> localise tables -> p2m,
+    start_info, shared_info -> pin -> vCPUs -> commit -> unpause
+
+The stream decides everything, so nothing in it is believed: sizes are bounded by the machine,
+every pfn by the p2m, every table entry by the types. Whatever fails before the commit leaves no
+domain and no frame. Mirrors tools/libs/guest/xg_sr_restore.c and xg_sr_restore_x86_pv.c; unlike
+libxc, page tables are localised at the end, when the last type of every pfn is known.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+
+from xsave.errors import HostCannotTake, ImageError, UsageError
+from xsave.guest.xen.cpuid import missing_features
+from xsave.guest.xen.domctl import DomainInfo, DomainState, Domctl
+from xsave.image import libxc, xl
+from xsave.image.pages import PageBatch
+from xsave.image.stream import GO_MESSAGE, Item, StreamDecoder
+from xsave.placing import Memory
+from xsave.progress import Finished, Pages, Report, Stage, ignore
+from xsave.settling import settle_domain
+
+_AVX_STATE = 1 << 2
+_TAIL_LIMIT = 4096
+#: A p2m may be larger than the memory behind it (ballooning), not absurdly so.
+_P2M_PER_FRAME = 4
+
+MakeDomain = Callable[[str, int], Domctl]
+
+
+class Source(Protocol):
+    """What restore reads from (xsave.host.source.Source)."""
+
+    position: int
+
+    def read(self, n: int) -> memoryview: ...
+    def zero_pages(self, offset: int, nr_pages: int) -> np.ndarray | None: ...
+
+
+@dataclass
+class Parts:
+    """The records of one image other than its pages, as they came, with their offsets."""
+
+    config: bytes = b""
+    xen_version: tuple[int, int] = (4, 17)
+    width: int = 0
+    cpuid: bytes = b""
+    msrs: bytes = b""
+    tsc: tuple[int, int, int, int] = (0, 0, 0, 0)
+    shared_info: Item | None = None
+    p2m_frames: Item | None = None
+    vcpus: dict[int, dict[str, Item]] = field(default_factory=dict)
+
+
+def restore(
+    source: Source,
+    make_domain: MakeDomain,
+    *,
+    name: str | None = None,
+    paused: bool = False,
+    cpu_mismatch: str = "refuse",
+    nr_frames: int,
+    before_unpause: Callable[[Domctl], None] = lambda domctl: None,
+    report: Report = ignore,
+) -> DomainInfo:
+    """Make a domain from the image and start it (unless paused).
+
+    make_domain(name, nr_pages) starts an empty domain; nr_frames bounds what the image may ask
+    for. before_unpause runs with the complete domain in hand (a migration's hand-over).
+    Raises ImageError, HostCannotTake, OutOfFrames, NameTaken, StorageError.
+    """
+    started = time.monotonic()
+    report(Stage("restore", "read"))
+    reader = Reader(source, make_domain, name, cpu_mismatch, nr_frames, report)
+    try:
+        domctl = reader.run()
+        before_unpause(domctl)
+        if not paused:
+            report(Stage("restore", "unpause"))
+            domctl.unpause()
+        info = domctl.info()
+        domctl.close()
+    except BaseException:
+        reader.abandon()
+        raise
+    seconds = time.monotonic() - started
+    report(Finished("restore", seconds, reader.nr_pages, source.position, info.name))
+    return info
+
+
+class Reader:
+    """Reads one image into one domain."""
+
+    def __init__(
+        self,
+        source: Source,
+        make_domain: MakeDomain,
+        name: str | None,
+        cpu_mismatch: str,
+        nr_frames: int,
+        report: Report,
+    ) -> None:
+        self._source = source
+        self._make_domain = make_domain
+        self._name = name
+        self._cpu_mismatch = cpu_mismatch
+        self._nr_frames = nr_frames
+        self._report = report
+        self._parts = Parts()
+        self._domctl: Domctl | None = None
+        self._memory: Memory | None = None
+        self.nr_pages = 0
+
+    def abandon(self) -> None:
+        """Leave nothing behind of a restore that failed."""
+        if self._domctl is not None:
+            self._domctl.abandon()
+
+    def run(self) -> Domctl:
+        decoder = StreamDecoder(self._source.read)
+        for item in decoder:
+            handler = _HANDLERS.get(type(item.value))
+            if handler:
+                handler(self, item)
+        tail = decoder.tail(_TAIL_LIMIT)
+        if tail and tail != GO_MESSAGE:
+            raise ImageError(
+                "unknown bytes behind the end of the image",
+                offset=decoder.position - len(tail),
+                expected="the end, or a migration's go-ahead",
+                found=f"{tail[:16].hex()}...",
+            )
+        if self._memory is None:
+            raise ImageError("the image has no X86_PV_P2M_FRAMES record", offset=decoder.position)
+        self._report(Stage("restore", "settle", "page tables, p2m, vCPUs"))
+        self._check_vcpus(decoder.position)
+        settle_domain(self._domctl, self._memory, self._parts, self._state())
+        self.nr_pages = self._memory.nr_populated
+        self._domctl.commit()
+        return self._domctl
+
+    # -- records ---------------------------------------------------------------------------------------
+
+    def _xl_header(self, item: Item) -> None:
+        self._parts.config = item.value.config
+
+    def _domain_header(self, item: Item) -> None:
+        header = item.value
+        if header.type != libxc.TYPE_X86_PV:
+            raise HostCannotTake(
+                "the image is of an HVM or PVH guest; only PV guests can be restored here"
+            )
+        self._parts.xen_version = (header.xen_major, header.xen_minor)
+
+    def _pv_info(self, item: Item) -> None:
+        if item.value.guest_width != 8:
+            raise HostCannotTake("the image is of a 32-bit guest; only 64-bit guests run here")
+        self._parts.width = 8
+
+    def _cpuid_policy(self, item: Item) -> None:
+        self._parts.cpuid = item.value.content
+
+    def _msr_policy(self, item: Item) -> None:
+        self._parts.msrs = item.value.content
+
+    def _p2m_frames(self, item: Item) -> None:
+        record = item.value
+        if self._parts.p2m_frames is not None:
+            raise ImageError(
+                "a second X86_PV_P2M_FRAMES record (a growing p2m) is not supported",
+                offset=item.offset,
+            )
+        self._check_p2m_size(record, item.offset)
+        self._parts.p2m_frames = item
+        self._check_cpu()
+        self._begin(record.end_pfn + 1)
+
+    def _check_p2m_size(self, record: libxc.X86PvP2mFrames, offset: int) -> None:
+        wanted = record.nr_frames(8)
+        if record.start_pfn != 0 or len(record.pfns) != wanted:
+            raise ImageError(
+                "the p2m frame list does not cover the p2m",
+                offset=offset,
+                record=record.NAME,
+                expected=f"{wanted} frames from pfn 0",
+                found=f"{len(record.pfns)} from pfn {record.start_pfn:#x}",
+            )
+        size = record.end_pfn + 1
+        if size > _P2M_PER_FRAME * self._nr_frames:
+            raise HostCannotTake(
+                f"the guest's p2m has {size} pfns, this host has {self._nr_frames} frames"
+            )
+        if (record.pfns >= size).any():
+            worst = int(record.pfns.max())
+            raise ImageError(
+                "a p2m frame lies outside the p2m",
+                offset=offset,
+                record=record.NAME,
+                expected=f"below {size:#x}",
+                found=f"{worst:#x}",
+            )
+
+    def _check_cpu(self) -> None:
+        """Refuse, before anything is started, a guest that was promised what we cannot do."""
+        missing = missing_features(self._parts.cpuid)
+        if missing and self._cpu_mismatch != "allow":
+            raise HostCannotTake(
+                f"the guest was promised CPU features this host lacks: {', '.join(missing)} "
+                "(--cpu-mismatch=allow restores it all the same, at its own risk)"
+            )
+
+    def _begin(self, p2m_size: int) -> None:
+        settings = self._settings()
+        name = self._name or settings["name"]
+        if not name:
+            raise UsageError("the image carries no name: give one with --name")
+        self._rename(name, settings["name"])
+        if settings["vcpus"] > 1:
+            raise HostCannotTake(
+                f"the guest has {settings['vcpus']} vCPUs; guests with more than 1 are not "
+                "supported yet"
+            )
+        self._domctl = self._make_domain(name, min(p2m_size, settings["pages"] or p2m_size))
+        self._domctl.begin(
+            nr_vcpus=1,
+            max_pages=settings["pages"] or p2m_size,
+            deterministic=settings["deterministic"] is not None,
+            builtin=settings["builtin"],
+        )
+        self._memory = Memory(self._domctl, p2m_size)
+
+    def _settings(self) -> dict[str, Any]:
+        """Read what matters here out of the config JSON; anything odd in it counts as absent."""
+        try:
+            config = json.loads(self._parts.config or b"{}")
+        except (ValueError, RecursionError) as e:
+            raise ImageError(f"the configuration is no JSON ({e})", record="xl header") from e
+
+        def get(*path: str) -> Any:
+            value: Any = config
+            for key in path:
+                value = value.get(key) if isinstance(value, dict) else None
+            return value
+
+        pages = get("b_info", "max_memkb")
+        vcpus = get("b_info", "max_vcpus")
+        name = get("c_info", "name")
+        return {
+            "name": name if isinstance(name, str) else "",
+            "pages": pages // 4 if isinstance(pages, int) and 0 < pages < 1 << 40 else 0,
+            "vcpus": vcpus if isinstance(vcpus, int) else 1,
+            "deterministic": get("xsave", "deterministic"),
+            "builtin": get("xsave", "guest") == "builtin",
+        }
+
+    def _rename(self, name: str, old: str) -> None:
+        """Keep the config's bytes as they are unless the name is another."""
+        if name == old:
+            return
+        config = json.loads(self._parts.config or b"{}")
+        if not isinstance(config, dict):
+            config = {}
+        info = config.setdefault("c_info", {})
+        if not isinstance(info, dict):
+            raise ImageError("the configuration's c_info is no object", record="xl header")
+        info.setdefault("type", "pv")
+        info["name"] = name
+        config.setdefault("b_info", {"type.pv": {}})
+        self._parts.config = json.dumps(config, indent=4).encode() + b"\n"
+
+    def _page_data(self, item: Item) -> None:
+        batch: PageBatch = item.value
+        if self._memory is None:
+            raise ImageError("PAGE_DATA before X86_PV_P2M_FRAMES", offset=item.offset)
+        zero = self._source.zero_pages(batch.pages_offset, len(batch.pages))
+        self._memory.place(batch, zero, item.offset)
+        done, total = self._memory.nr_populated, self._memory.p2m.size
+        self._report(Pages("restore", done, total, self._source.position, 0))
+
+    def _tsc_info(self, item: Item) -> None:
+        tsc = item.value
+        self._parts.tsc = (tsc.mode, tsc.khz, tsc.nsec, tsc.incarnation)
+
+    def _shared_info(self, item: Item) -> None:
+        self._parts.shared_info = item
+
+    def _vcpu(self, item: Item) -> None:
+        self._parts.vcpus.setdefault(item.value.vcpu_id, {})[item.value.NAME] = item
+
+    # -- the end of the stream -------------------------------------------------------------------------
+
+    def _check_vcpus(self, end: int) -> None:
+        parts = self._parts
+        if 0 not in parts.vcpus or libxc.X86PvVcpuBasic.NAME not in parts.vcpus[0]:
+            raise ImageError("the image has no X86_PV_VCPU_BASIC record of vCPU 0", offset=end)
+        if parts.shared_info is None:
+            raise ImageError("the image has no SHARED_INFO record", offset=end)
+        if len(parts.vcpus) > 1:
+            raise HostCannotTake(
+                f"the guest has {len(parts.vcpus)} vCPUs; guests with more than 1 are not "
+                "supported yet"
+            )
+        xsave = parts.vcpus[0].get(libxc.X86PvVcpuXsave.NAME)
+        if xsave and not parts.cpuid and self._cpu_mismatch != "allow":
+            xcr0 = int.from_bytes(xsave.value.context[:8], "little")
+            if xcr0 & _AVX_STATE:
+                raise HostCannotTake(
+                    "the guest has AVX state and this host has no AVX "
+                    "(--cpu-mismatch=allow restores it all the same, at its own risk)"
+                )
+
+    def _state(self) -> DomainState:
+        parts = self._parts
+        return DomainState(
+            never_run=True,
+            nr_vcpus=1,
+            max_pages=0,
+            shared_info_mfn=0,
+            tsc=parts.tsc,
+            config=parts.config,
+            cpuid_policy=parts.cpuid,
+            msr_policy=parts.msrs,
+            p2m_frames=parts.p2m_frames.value.pfns,
+            p2m_size=self._memory.p2m.size,
+            xen_version=parts.xen_version,
+        )
+
+
+_HANDLERS: dict[type, Callable[[Reader, Item], None]] = {
+    xl.XlHeader: Reader._xl_header,
+    libxc.DomainHeader: Reader._domain_header,
+    libxc.X86PvInfo: Reader._pv_info,
+    libxc.X86CpuidPolicy: Reader._cpuid_policy,
+    libxc.X86MsrPolicy: Reader._msr_policy,
+    libxc.X86PvP2mFrames: Reader._p2m_frames,
+    PageBatch: Reader._page_data,
+    libxc.X86TscInfo: Reader._tsc_info,
+    libxc.SharedInfo: Reader._shared_info,
+    libxc.X86PvVcpuBasic: Reader._vcpu,
+    libxc.X86PvVcpuExtended: Reader._vcpu,
+    libxc.X86PvVcpuXsave: Reader._vcpu,
+    libxc.X86PvVcpuMsrs: Reader._vcpu,
+}

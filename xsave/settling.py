@@ -1,0 +1,226 @@
+"""The end of a restore: from pages in frames to a domain that can run.
+
+In libxc's order (xg_sr_restore_x86_pv.c stream_complete): page tables, vCPU contexts with cr3 and
+start_info, pins, the p2m; plus the checks that make a wrong image an error instead of a dead
+guest. Errors name the record's offset where one is to blame, else the pfn.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from xsave.canonical import local_p2m, localise, referenced_pfns
+from xsave.errors import HostCannotTake, ImageError
+from xsave.frames import INVALID_P2M_ENTRY, PAGE_SHIFT, PTE_PSE, TYPE_PIN, PageType
+from xsave.guest.xen.domctl import DomainState, Domctl, VcpuState
+from xsave.image import libxc
+from xsave.placing import Memory
+from xsave.public import SharedInfo, StartInfo, VcpuGuestContext
+
+if TYPE_CHECKING:
+    from xsave.image.stream import Item
+    from xsave.restore import Parts
+
+_INVALID = np.uint64(INVALID_P2M_ENTRY)
+_MAX_GDT_ENTRIES = 14 * 512
+_KERNEL_MODE = 1 << 2
+
+
+def settle_domain(domctl: Domctl, memory: Memory, parts: Parts, state: DomainState) -> None:
+    """Finish the domain whose pages are all in place. Raises ImageError, HostCannotTake."""
+    Settler(domctl, memory, parts).run(state)
+
+
+class Settler:
+    """Works on one domain's Memory and the Parts of its image."""
+
+    def __init__(self, domctl: Domctl, memory: Memory, parts: Parts) -> None:
+        self._domctl = domctl
+        self._machine = domctl.machine
+        self._memory = memory
+        self._parts = parts
+
+    def run(self, state: DomainState) -> None:
+        self._localise_tables()
+        self._memory.give_back_pool()
+        context = self._context(self._parts.vcpus[0])
+        self._write_shared_info()
+        self._write_p2m()
+        self._write_start_info(context.user_regs.rdx)
+        context.user_regs.rdx = self._mfn(context.user_regs.rdx)
+        context.user_regs.rax = 0
+        try:
+            self._pin()
+            self._domctl.set_vcpu(self._vcpu_state(context))
+        except HostCannotTake as e:
+            raise ImageError(f"the guest's state is inconsistent: {e}") from e
+        self._domctl.set_state(state)
+
+    # -- page tables -----------------------------------------------------------------------------------
+
+    def _localise_tables(self) -> None:
+        memory, machine = self._memory, self._machine
+        levels = np.where(memory.types < PageType.BROKEN, memory.types & 7, 0)
+        pfns = np.flatnonzero(levels)
+        tables = machine.mem[memory.p2m[pfns]]
+        rows, slots, targets = referenced_pfns(tables)
+        here = levels[pfns][rows]
+        self._check_entries(tables, pfns, rows, slots, targets, here)
+        upper = here > 1
+        wrong = upper & (levels[np.where(upper, targets, 0)] != here - 1)
+        if wrong.any():
+            i = int(np.flatnonzero(wrong)[0])
+            raise ImageError(
+                f"entry {slots[i]} of the level-{here[i]} page table at pfn {pfns[rows[i]]:#x} "
+                f"names pfn {targets[i]:#x}, which is no page table of level {here[i] - 1}"
+            )
+        memory.populate(np.unique(targets))
+        machine.mem[memory.p2m[pfns]] = localise(tables, memory.p2m)
+
+    def _check_entries(
+        self,
+        tables: np.ndarray,
+        pfns: np.ndarray,
+        rows: np.ndarray,
+        slots: np.ndarray,
+        targets: np.ndarray,
+        here: np.ndarray,
+    ) -> None:
+        outside = targets >= np.uint64(self._memory.p2m.size)
+        superpage = (here > 1) & ((tables[rows, slots] & np.uint64(PTE_PSE)) != 0)
+        for bad, what in ((outside, "a pfn outside the p2m"), (superpage, "a superpage")):
+            if bad.any():
+                i = int(np.flatnonzero(bad)[0])
+                raise ImageError(
+                    f"entry {slots[i]} of the level-{here[i]} page table at pfn "
+                    f"{pfns[rows[i]]:#x} names {what}",
+                    expected=f"a pfn below {self._memory.p2m.size:#x}",
+                    found=f"{int(tables[rows[i], slots[i]]):#x}",
+                )
+
+    def _pin(self) -> None:
+        types = self._memory.types
+        pinned = np.flatnonzero((types & TYPE_PIN != 0) & (types < PageType.BROKEN))
+        self._domctl.pin(self._memory.p2m[pinned], types[pinned] & 7)
+
+    # -- single pages ------------------------------------------------------------------------------------
+
+    def _mfn(self, pfn: int) -> int:
+        return int(self._memory.p2m[pfn])
+
+    def _require_plain(self, pfn: int, what: str, item: Item | None = None) -> None:
+        """The pfn must be an ordinary page that is there."""
+        memory = self._memory
+        offset = item.offset if item else None
+        if pfn >= memory.p2m.size:
+            raise ImageError(
+                f"{what} is outside the p2m",
+                offset=offset,
+                expected=f"below {memory.p2m.size:#x}",
+                found=f"{pfn:#x}",
+            )
+        if memory.types[pfn] != PageType.NOTAB or memory.p2m[pfn] == _INVALID:
+            raise ImageError(
+                f"{what} (pfn {pfn:#x}) has the wrong page type",
+                offset=offset,
+                expected="NOTAB",
+                found=PageType(int(memory.types[pfn])).name,
+            )
+
+    def _write_shared_info(self) -> None:
+        """vcpu_info and arch come from the image, the event channels start afresh."""
+        content = self._parts.shared_info.value.content
+        shared = SharedInfo.from_buffer_copy(content)
+        shared.arch.pfn_to_mfn_frame_list_list = 0
+        ctypes.memset(shared.evtchn_pending, 0, ctypes.sizeof(shared.evtchn_pending))
+        ctypes.memset(shared.evtchn_mask, 0xFF, ctypes.sizeof(shared.evtchn_mask))
+        for info in shared.vcpu_info:
+            info.evtchn_pending_sel = 0
+        page = bytes(shared) + content[ctypes.sizeof(shared) :]
+        self._machine.pages[self._domctl.shared_info_mfn] = np.frombuffer(page, np.uint8)
+
+    def _write_p2m(self) -> None:
+        item = self._parts.p2m_frames
+        frames = item.value.pfns
+        plain = (self._memory.types[frames] == PageType.NOTAB) & (
+            self._memory.p2m[frames] != _INVALID
+        )
+        if not plain.all():
+            self._require_plain(int(frames[~plain][0]), "a p2m page", item)
+        self._machine.mem[self._memory.p2m[frames]] = local_p2m(self._memory.p2m)
+
+    def _write_start_info(self, pfn: int) -> None:
+        self._require_plain(pfn, "start_info (vCPU 0's rdx)", self._basic(0))
+        page = self._machine.pages[self._mfn(pfn)]
+        info = StartInfo.from_buffer_copy(page.tobytes())
+        for ring, ring_pfn in (("xenstore", info.store_mfn), ("console", info.console_mfn)):
+            self._require_plain(ring_pfn, f"the {ring} ring in start_info")
+        info.store_mfn, info.console_mfn = self._mfn(info.store_mfn), self._mfn(info.console_mfn)
+        info.store_evtchn, info.console_evtchn = self._domctl.connect_rings(
+            info.store_mfn, info.console_mfn
+        )
+        info.nr_pages = self._memory.p2m.size
+        info.shared_info = self._domctl.shared_info_mfn << PAGE_SHIFT
+        info.flags = 0
+        page[: ctypes.sizeof(info)] = np.frombuffer(bytes(info), np.uint8)
+
+    # -- vCPUs -------------------------------------------------------------------------------------------
+
+    def _basic(self, vcpu_id: int) -> Item:
+        return self._parts.vcpus[vcpu_id][libxc.X86PvVcpuBasic.NAME]
+
+    def _context(self, records: dict[str, Item]) -> VcpuGuestContext:
+        """Return the context with mfns in cr3, cr1 and the GDT frames."""
+        item = records[libxc.X86PvVcpuBasic.NAME]
+        context = VcpuGuestContext.from_buffer_copy(item.value.context)
+        registers = context.ctrlreg
+        registers[3] = self._root(registers[3] >> PAGE_SHIFT, "cr3", item) << PAGE_SHIFT
+        if registers[1] & 1:
+            registers[1] = self._root(registers[1] >> PAGE_SHIFT, "cr1", item) << PAGE_SHIFT
+        else:
+            registers[1] = 0
+        if context.gdt_ents > _MAX_GDT_ENTRIES:
+            raise ImageError(
+                "too many GDT entries",
+                offset=item.offset,
+                record=item.value.NAME,
+                expected=f"at most {_MAX_GDT_ENTRIES}",
+                found=context.gdt_ents,
+            )
+        for i in range(-(-context.gdt_ents // 512)):
+            self._require_plain(context.gdt_frames[i], f"GDT frame {i}", item)
+            context.gdt_frames[i] = self._mfn(context.gdt_frames[i])
+        if not context.flags & _KERNEL_MODE:
+            raise ImageError(
+                "vCPU 0 was not in its kernel", offset=item.offset, record=item.value.NAME
+            )
+        return context
+
+    def _root(self, pfn: int, register: str, item: Item) -> int:
+        types = self._memory.types
+        found = int(types[pfn]) if pfn < types.size else PageType.XTAB
+        if found not in (PageType.L4TAB, PageType.L4TAB_PINNED):
+            raise ImageError(
+                f"{register} (pfn {pfn:#x}) has the wrong page type",
+                offset=item.offset,
+                record=item.value.NAME,
+                expected="L4TAB",
+                found=f"type {found:#x}",
+            )
+        return self._mfn(pfn)
+
+    def _vcpu_state(self, context: VcpuGuestContext) -> VcpuState:
+        def blob(record: type) -> bytes:
+            item = self._parts.vcpus[0].get(record.NAME)
+            return bytes(item.value.context) if item else b""
+
+        return VcpuState(
+            vcpu_id=0,
+            context=bytes(context),
+            extended=blob(libxc.X86PvVcpuExtended),
+            xsave=blob(libxc.X86PvVcpuXsave),
+            msrs=blob(libxc.X86PvVcpuMsrs),
+        )
