@@ -116,7 +116,8 @@ class DomainProcess:
             if domain.vcpus[0].blocked and not self._unblock():
                 self._idle()
                 return
-            self._ticker.running.set()
+            if not domain.clock.virtual:  # slices end by count there, whatever waits
+                self._ticker.running.set()
             hv.run(SLICE_INSTRUCTIONS if domain.clock.virtual else 0)
         except Exception as e:  # a bug of ours must not take the control socket down
             domain.crash(f"hypervisor: {type(e).__name__}: {e}")
