@@ -33,6 +33,10 @@ void trap_init(void);
 			panic("BUG at %s:%d: %s", __FILE__, __LINE__, #cond);    \
 	} while (0)
 
+/* gdt.c */
+void gdt_init(void);
+void gdt_check(void);
+
 /* main.c */
 extern struct start_info *xen_start_info;
 const char *cmdline_find(const char *key);

@@ -52,24 +52,6 @@ static void cpu_init(void)
 	HYPERVISOR_set_segment_base(SEGBASE_GS_KERNEL, (u64)&cpu0);
 }
 
-/*
- * Xen has its flat segments in every GDT; a page of ours in front of them is what a real kernel
- * has, and one more frame a restore has to translate. One descriptor: data, DPL 3.
- */
-static noinline void gdt_init(void)
-{
-	static u64 frame;
-	u64 *gdt = alloc_page();
-
-	BUG_ON(!gdt);
-	gdt[1] = 0x00cff3000000ffffUL;
-	make_page_readonly(gdt);
-	frame = pfn_to_mfn(virt_to_pfn(gdt));
-	if (HYPERVISOR_set_gdt(&frame, 16))
-		panic("set_gdt refused");
-	frame = 0;
-}
-
 static noinline void iopl_init(void)
 {
 	u32 iopl = 1;	/* what PV kernels ask for; kept in the vCPU's saved rflags */

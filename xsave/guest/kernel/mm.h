@@ -102,9 +102,9 @@ void p2m_init(void);
 
 /* An address space. The kernel's own is init_mm, whose upper half all others share. */
 struct mm_struct {
-	u64 *pgd;			/* L4, in the direct map */
-	int pinned;			/* Xen has typed and pinned it: no direct stores any more */
-	int pinned_for_suspend;		/* by mm_pin_all(), to be undone */
+	u64 *pgd;		/* L4, in the direct map */
+	int pinned;		/* Xen has typed and pinned it: no direct stores any more */
+	int pinned_for_suspend;	/* by mm_pin_all(), to be undone */
 	struct list_head mmlist;
 };
 

@@ -213,7 +213,8 @@ static noinline void step_walk(struct user_space *us)
 
 	for (i = 0; us->mm.pgd && i < us->nr; i++) {
 		pte = pte_lookup(&us->mm, slot_va(i));
-		if (!pte || !(READ_ONCE(*pte) & _PAGE_PRESENT) || pte_pfn(READ_ONCE(*pte)) != us->pfn[i])
+		if (!pte || !(READ_ONCE(*pte) & _PAGE_PRESENT) ||
+		    pte_pfn(READ_ONCE(*pte)) != us->pfn[i])
 			check_failed("page table entry of", slot_va(i));
 	}
 }

@@ -52,7 +52,9 @@ noinline void set_entry(struct mm_struct *mm, u64 *entry, u64 pte)
 
 static noinline void protect_page(const void *page, u64 flags)
 {
-	if (HYPERVISOR_update_va_mapping((u64)page, make_pte(virt_to_pfn(page), flags), UVMF_INVLPG))
+	u64 pte = make_pte(virt_to_pfn(page), flags);
+
+	if (HYPERVISOR_update_va_mapping((u64)page, pte, UVMF_INVLPG))
 		panic("update_va_mapping of %p refused", page);
 }
 

@@ -134,6 +134,7 @@ int ticker_thread(void *unused)
 		printk("TICK %lu %016lx\n", ++n, hash);
 		if (hash != first)
 			check_failed("tick", n);
+		gdt_check();
 		for (next += NSEC_PER_SEC; ktime_get() < next; try_to_freeze())
 			sleep_until(next);
 		next = max(next, ktime_get());

@@ -25,7 +25,7 @@ enum task_state {
 struct mm_struct;
 
 struct task_struct {
-	u64 sp;				/* entry.S: TASK_SP, stack pointer while switched out */
+	u64 sp;				/* entry.S: stack pointer while switched out */
 	enum task_state state;
 	u32 flags;
 	int pid;
