@@ -67,7 +67,14 @@ def from_json(fields: Any) -> Any:
             return _batch_from_json(**fields)
         cls = _CLASSES[layer, name]
         return cls(**dict(_field_from_json(cls, key, value) for key, value in fields.items()))
-    except (TypeError, ValueError, KeyError, OverflowError, RecursionError) as error:
+    except (
+        AttributeError,
+        KeyError,
+        OverflowError,
+        RecursionError,
+        TypeError,
+        ValueError,
+    ) as error:
         what = f"no {error}" if isinstance(error, KeyError) else str(error)
         raise ImageError(f"JSON of a record: {what}") from error
     except zstandard.ZstdError as error:
@@ -131,7 +138,8 @@ def show_pfns(pfns: np.ndarray) -> list[Any]:
     """Return pfns u64 (n,) as numbers and [first, last] for ascending runs."""
     if not len(pfns):
         return []
-    edges = np.flatnonzero(np.diff(pfns) != 1)
+    # The difference of two u64 wraps around: nothing follows the largest one.
+    edges = np.flatnonzero((np.diff(pfns) != 1) | (pfns[1:] == 0))
     firsts = pfns[np.append(0, edges + 1)].tolist()
     lasts = pfns[np.append(edges, len(pfns) - 1)].tolist()
     return [
