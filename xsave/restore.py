@@ -69,20 +69,23 @@ def restore(
     paused: bool = False,
     cpu_mismatch: str = "refuse",
     nr_frames: int,
+    suffix: str = "",
+    until_end: bool = True,
     before_unpause: Callable[[Domctl], None] = lambda domctl: None,
     report: Report = ignore,
 ) -> DomainInfo:
     """Make a domain from the image and start it (unless paused).
 
     make_domain(name, nr_pages) starts an empty domain; nr_frames bounds what the image may ask
-    for. before_unpause runs with the complete domain in hand (a migration's hand-over).
+    for. A migration takes the domain under its name with a suffix, does not look for the end of
+    the input behind the image, and hands over in before_unpause, with the domain complete.
     Raises ImageError, HostCannotTake, OutOfFrames, NameTaken, StorageError.
     """
     started = time.monotonic()
     report(Stage("restore", "read"))
-    reader = Reader(source, make_domain, name, cpu_mismatch, nr_frames, report)
+    reader = Reader(source, make_domain, name, suffix, cpu_mismatch, nr_frames, report)
     try:
-        domctl = reader.run()
+        domctl = reader.run(until_end)
         before_unpause(domctl)
         if not paused:
             report(Stage("restore", "unpause"))
@@ -105,6 +108,7 @@ class Reader:
         source: Source,
         make_domain: MakeDomain,
         name: str | None,
+        suffix: str,
         cpu_mismatch: str,
         nr_frames: int,
         report: Report,
@@ -112,6 +116,7 @@ class Reader:
         self._source = source
         self._make_domain = make_domain
         self._name = name
+        self._suffix = suffix
         self._cpu_mismatch = cpu_mismatch
         self._nr_frames = nr_frames
         self._report = report
@@ -125,20 +130,14 @@ class Reader:
         if self._domctl is not None:
             self._domctl.abandon()
 
-    def run(self) -> Domctl:
+    def run(self, until_end: bool) -> Domctl:
         decoder = StreamDecoder(self._source.read)
         for item in decoder:
             handler = _HANDLERS.get(type(item.value))
             if handler:
                 handler(self, item)
-        tail = decoder.tail(_TAIL_LIMIT)
-        if tail and tail != GO_MESSAGE:
-            raise ImageError(
-                "unknown bytes behind the end of the image",
-                offset=decoder.position - len(tail),
-                expected="the end, or a migration's go-ahead",
-                found=f"{tail[:16].hex()}...",
-            )
+        if until_end:
+            self._check_tail(decoder)
         if self._memory is None:
             raise ImageError("the image has no X86_PV_P2M_FRAMES record", offset=decoder.position)
         self._report(Stage("restore", "settle", "page tables, p2m, vCPUs"))
@@ -147,6 +146,16 @@ class Reader:
         self.nr_pages = self._memory.nr_populated
         self._domctl.commit()
         return self._domctl
+
+    def _check_tail(self, decoder: StreamDecoder) -> None:
+        tail = decoder.tail(_TAIL_LIMIT)
+        if tail and tail != GO_MESSAGE:
+            raise ImageError(
+                "unknown bytes behind the end of the image",
+                offset=decoder.position - len(tail),
+                expected="the end, or a migration's go-ahead",
+                found=f"{tail[:16].hex()}...",
+            )
 
     # -- records ---------------------------------------------------------------------------------------
 
@@ -229,7 +238,9 @@ class Reader:
                 f"the guest has {settings['vcpus']} vCPUs; guests with more than 1 are not "
                 "supported yet"
             )
-        self._domctl = self._make_domain(name, min(p2m_size, settings["pages"] or p2m_size))
+        self._domctl = self._make_domain(
+            name + self._suffix, min(p2m_size, settings["pages"] or p2m_size)
+        )
         self._domctl.begin(
             nr_vcpus=1,
             max_pages=settings["pages"] or p2m_size,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from dataclasses import asdict
 from typing import TYPE_CHECKING
@@ -136,9 +137,12 @@ def migrate(settings: Settings, name: str | None, target: str, as_json: bool) ->
     from xsave.host.host import open_host
 
     destination = open_host(target)
-    with settings.find(name or only_domain(settings)) as domctl, settings.progress() as report:
-        info = verb.migrate(domctl, destination, report)
-    settings.answer(as_json, asdict(info), f"{info.name}: domain {info.domid} on {target}")
+    with settings.find(name or only_domain(settings)) as domctl:
+        with settings.progress() as report:
+            result = verb.migrate(domctl, destination, report=report)
+        answer = {"name": domctl.name, "host": target, **asdict(result)}
+        downtime = f"{result.downtime_ns / 1e6:.0f} ms"
+        settings.answer(as_json, answer, f"{domctl.name}: now on {target}, downtime {downtime}")
 
 
 def only_domain(settings: Settings) -> str:
@@ -161,5 +165,5 @@ def migrate_receive(settings: Settings, as_json: bool) -> None:
     settings.stdout_is_data = True
     host = settings.open_host()
     with settings.progress() as report:
-        info = verb.receive(host, 0, 1, report)
+        info = verb.receive(host, STDIO, sys.stdout.fileno(), report=report)
     settings.answer(as_json, asdict(info), f"{info.name}: received as domain {info.domid}")

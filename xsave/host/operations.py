@@ -50,6 +50,7 @@ class Operations:
         self.paused = True
         self._saver: Request | None = None
         self._suspend_stage = ""
+        self._held = False
         self._deadline: float | None = time.monotonic() + _BUILDER_TIMEOUT_S
         self._building = Building(process)
 
@@ -127,7 +128,7 @@ class Operations:
         if reason is None:
             return
         if reason == SHUTDOWN_SUSPEND:
-            if self._saver is None:  # a late suspend, nobody waits any more
+            if self._saver is None and not self._held:  # a late suspend, nobody waits any more
                 self._resume_cancelled()
         elif reason != SHUTDOWN_CRASH and self._saver is None:
             self._process.finished = True  # on_poweroff and on_reboot are "destroy"
@@ -219,8 +220,14 @@ class Operations:
             if domain.clock.virtual:
                 domain.clock.extend()
 
+    def op_hold(self, _request: Request) -> Answer:
+        if self._saver is None or self._suspend_stage != "done":
+            raise GuestStateError("the guest is not suspended")
+        self._held = True
+        return {}, b""
+
     def op_resume(self, request: Request) -> Answer:
-        self._saver = None
+        self._saver, self._held = None, False
         self.paused = self.paused or bool(request.arguments.get("paused"))
         self._resume_cancelled()
         return {}, b""
@@ -248,12 +255,14 @@ class Operations:
 
     def op_unpause(self, _request: Request) -> Answer:
         domain = self._domain
-        if domain.shutdown_reason is not None and self._saver is None:
-            raise GuestStateError(f"the domain is {self._state(domain)}")
         if self._saver is not None:
             raise GuestStateError("a save or migration of this domain is at work")
+        if domain.shutdown_reason is not None and not self._held:
+            raise GuestStateError(f"the domain is {self._state(domain)}")
         if not self._building.committed:
             raise GuestStateError("the domain is not complete")
+        self._held = False
+        self._resume_cancelled()
         self.paused = False
         if domain.clock.virtual:
             domain.clock.extend()

@@ -225,6 +225,11 @@ class Domctl:
         """Let a suspended guest go on in place; its hypercall returns 1 (cancelled)."""
         self._call("resume", paused=paused)
 
+    def hold(self) -> None:
+        """Keep a suspended guest suspended even if this connection dies: another copy of it may
+        be running. From here on only resume(), unpause() or destroy() decide."""
+        self._call("hold")
+
     def rename(self, name: str) -> None:
         """Change the domain's name. Raises NameTaken."""
         self._call("rename", name=name)
@@ -316,7 +321,9 @@ class Domctl:
 
     def pin(self, mfns: np.ndarray, levels: np.ndarray) -> None:
         """Validate and pin page tables. Raises HostCannotTake naming the first that is refused."""
-        self._call("pin", pack_blobs(mfns.astype("<u8").tobytes(), levels.astype(np.uint8).tobytes()))
+        self._call(
+            "pin", pack_blobs(mfns.astype("<u8").tobytes(), levels.astype(np.uint8).tobytes())
+        )
 
     def set_state(self, state: DomainState) -> None:
         p2m = b"" if state.p2m_frames is None else state.p2m_frames.astype("<u8").tobytes()
