@@ -14,6 +14,7 @@ import numpy as np
 
 from xsave import public
 from xsave.image.libxc import (
+    CpuidLeaf,
     X86CpuidPolicy,
     X86MsrPolicy,
     X86PvVcpuBasic,
@@ -26,6 +27,8 @@ from xsave.image.verify.context import CONTEXT_OFFSET, basic_items
 from xsave.image.verify.findings import Findings
 from xsave.image.verify.model import Image
 
+#: Xen takes a few hundred leaves or MSRs.
+_MAX_POLICY_BYTES = 1 << 16
 _MASKS_BYTES = 16
 _LEGACY_BYTES, _XSAVE_HEADER_BYTES = 512, 64
 _X87, _SSE, _YMM = 1, 2, 4
@@ -55,19 +58,37 @@ def check(image: Image, findings: Findings) -> None:
 
 
 def _check_policies(image: Image, findings: Findings) -> None:
-    if item := image.items.get(X86CpuidPolicy.NAME):
-        keys = [(leaf.leaf, (leaf.subleaf + 1) & 0xFFFF_FFFF) for leaf in item.value.leaves]
-        if any(a >= b for a, b in pairwise(keys)):
-            text = "the leaves are not in ascending order, each once"
-            findings.add("policy", text, record=item.value.NAME, offset=item.offset)
-    if item := image.items.get(X86MsrPolicy.NAME):
-        entries = item.value.entries
-        if flagged := [entry.idx for entry in entries if entry.flags]:
-            text = f"MSR {flagged[0]:#x} has flags"
-            findings.add("msr-policy", text, record=item.value.NAME, offset=item.offset)
-        if unknown := sorted({entry.idx for entry in entries} - _POLICY_MSRS):
-            text = f"MSR {unknown[0]:#x}"
-            findings.add("policy", text, record=item.value.NAME, offset=item.offset)
+    for name in (X86CpuidPolicy.NAME, X86MsrPolicy.NAME):
+        item = image.items.get(name)
+        if item and len(item.value.content) > _MAX_POLICY_BYTES:
+            text = f"{len(item.value.content)} bytes, expected {_MAX_POLICY_BYTES} at most"
+            findings.add("policy-refused", text, record=name, offset=item.offset)
+    keys = [(leaf.leaf, (leaf.subleaf + 1) & 0xFFFF_FFFF) for leaf in _leaves(image)]
+    if any(a >= b for a, b in pairwise(keys)):
+        text = "the leaves are not in ascending order, each once"
+        name = X86CpuidPolicy.NAME
+        findings.add("policy", text, record=name, offset=image.offset(name))
+    _check_msr_policy(image, findings)
+
+
+def _check_msr_policy(image: Image, findings: Findings) -> None:
+    item = image.items.get(X86MsrPolicy.NAME)
+    if not item or len(item.value.content) > _MAX_POLICY_BYTES:
+        return
+    entries, place = item.value.entries, {"record": item.value.NAME, "offset": item.offset}
+    if flagged := [entry.idx for entry in entries if entry.flags]:
+        findings.add("policy-refused", f"MSR {flagged[0]:#x} has flags", **place)
+    if unknown := sorted({entry.idx for entry in entries} - _POLICY_MSRS):
+        findings.add("policy", f"MSR {unknown[0]:#x}", **place)
+
+
+def _leaves(image: Image) -> list[CpuidLeaf]:
+    """Return the leaves of the CPUID policy; none if there are absurdly many."""
+    policy = image.value(X86CpuidPolicy.NAME)
+    if policy is None or len(policy.content) > _MAX_POLICY_BYTES:
+        return []
+    leaves: list[CpuidLeaf] = policy.leaves
+    return leaves
 
 
 def _check_extended(findings: Findings, number: int, item: Item) -> None:
@@ -155,9 +176,8 @@ def _xcr0_fault(xcr0: int, accumulated: int) -> str:
 
 def _area_bytes(image: Image, features: int) -> int:
     """Return the size of an area in standard format; 0 if the policy does not tell."""
-    policy = image.value(X86CpuidPolicy.NAME)
     parts = {2: _YMM_STATE}
-    for leaf in policy.leaves if policy else []:
+    for leaf in _leaves(image):
         if leaf.leaf == _XSTATE_LEAF and 2 <= leaf.subleaf < 64 and leaf.eax:
             parts[leaf.subleaf] = (leaf.ebx, leaf.eax)
     size = _LEGACY_BYTES + _XSAVE_HEADER_BYTES

@@ -18,6 +18,8 @@ from xsave.image.xl import FIXED_SIZE, XlHeader
 _GUEST_TYPES = {"pv": TYPE_X86_PV, "hvm": TYPE_X86_HVM, "pvh": TYPE_X86_HVM}
 #: What libxl adds to the memory of a domain (LIBXL_MAXMEM_CONSTANT).
 _SLACK_KB = 1024
+#: Where the header has the length of the optional data.
+_LENGTH_OFFSET = 44
 #: In front of the JSON: the header and the length of the text.
 _TEXT_OFFSET = FIXED_SIZE + 4
 
@@ -28,7 +30,7 @@ def check(image: Image, findings: Findings) -> None:
     if header is None:
         return
     if not header.config:
-        findings.add("no-config", "it is empty", record=header.NAME, offset=FIXED_SIZE)
+        findings.add("no-config", "it is empty", record=header.NAME, offset=_LENGTH_OFFSET)
         return
     try:
         config = json.loads(header.config)
@@ -82,7 +84,7 @@ def _vcpu_faults(image: Image, b_info: dict[str, Any]) -> list[str]:
 def _memory_faults(image: Image, b_info: dict[str, Any]) -> list[str]:
     """Memory may be left out (libxl has a default), and too much of it does no harm."""
     limit = max(_number(b_info, "max_memkb", 0), _number(b_info, "target_memkb", 0))
-    needed = 4 * image.frames.nr_populated
+    needed = 4 * len(image.frames.populated)
     if not limit or needed <= limit + _SLACK_KB:
         return []
     return [f"the domain gets {limit} KiB, its pages take {needed} KiB"]

@@ -44,8 +44,8 @@ class Paging:
 
     @property
     def gdt_frames(self) -> tuple[int, ...]:
-        """The frames of the GDT that are in use."""
-        nr_entries = min(self.gdt_ents, MAX_GDT_ENTRIES)
+        """The frames of the GDT that are in use; none if it is too long."""
+        nr_entries = self.gdt_ents if self.gdt_ents <= MAX_GDT_ENTRIES else 0
         return self.gdt_slots[: -(-nr_entries // _GDT_ENTRIES_PER_FRAME)]
 
 

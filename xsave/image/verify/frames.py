@@ -11,6 +11,7 @@ from functools import cached_property
 
 import numpy as np
 
+from xsave.frames import PageType
 from xsave.image.pages import MAX_PFN, has_data
 
 #: The type of a pfn that never came.
@@ -60,9 +61,10 @@ class Frames:
         return int(self.offsets[at]) if found else None
 
     @property
-    def nr_populated(self) -> int:
-        """How many pfns have a frame on the target (all but XTAB and BROKEN)."""
-        return int(np.count_nonzero(has_data(self.types) | (self.types == 0xE)))
+    def populated(self) -> np.ndarray:
+        """The pfns that have a frame on the target (all but XTAB and BROKEN): u64, ascending."""
+        pfns: np.ndarray = self.pfns[has_data(self.types) | (self.types == PageType.XALLOC)]
+        return pfns
 
 
 @dataclass

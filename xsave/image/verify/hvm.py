@@ -19,6 +19,9 @@ from xsave.image.verify.tables import LEVELS
 
 _DESCRIPTOR = struct.Struct("<HHI")
 _END, _HEADER, _CPU = 0, 1, 2
+_RECORD_HEADER = 8
+#: Entries of a context and strings of xenstore data that are looked at; far more than there are.
+_MAX_LINKS = 1 << 16
 _MAGIC = 0x5438_1286
 #: Parameters that name a page, and those without which there is no console or xenstore.
 _PFN_PARAMS = {1: "STORE_PFN", 5: "IOREQ_PFN", 6: "BUFIOREQ_PFN", 17: "CONSOLE_PFN"}
@@ -48,22 +51,28 @@ def check(image: Image, findings: Findings) -> None:
 def _check_context(findings: Findings, item: Item) -> None:
     content: bytes = item.value.content
     seen: list[int] = []
-    at, what = 0, ""
-    while not what and (not seen or seen[-1] != _END):
-        if at + _DESCRIPTOR.size > len(content):
-            what = "the chain has no END"
-            break
-        kind, _, length = _DESCRIPTOR.unpack_from(content, at)
-        what = _link_fault(content, at, kind, length, is_first=not seen)
+    at, behind, what = 0, 0, ""
+    while not what and _END not in seen[-1:]:
+        at, what, kind, behind = behind, *_link(content, behind, is_first=not seen)
         seen.append(kind)
-        at += _DESCRIPTOR.size + length
-    if not what and at != len(content):
-        what = f"{len(content) - at} bytes behind END"
+        if len(seen) > _MAX_LINKS:
+            what = f"more than {_MAX_LINKS} entries"
+    if not what and behind != len(content):
+        what = f"{len(content) - behind} bytes behind END"
     if not what and _CPU not in seen:
         what = "no CPU"
     if what:
-        offset = item.offset + 8 + min(at, len(content))
+        offset = item.offset + _RECORD_HEADER + min(at, len(content) - 1)
         findings.add("hvm-context", what, record=item.value.NAME, offset=offset)
+
+
+def _link(content: bytes, at: int, *, is_first: bool) -> tuple[str, int, int]:
+    """Return what is wrong with one link of the chain ("": nothing), its type, its end."""
+    if at + _DESCRIPTOR.size > len(content):
+        return "the chain has no END", _END, at
+    kind, _, length = _DESCRIPTOR.unpack_from(content, at)
+    what = _link_fault(content, at, kind, length, is_first=is_first)
+    return what, kind, at + _DESCRIPTOR.size + length
 
 
 def _link_fault(content: bytes, at: int, kind: int, length: int, *, is_first: bool) -> str:
@@ -109,6 +118,8 @@ def _xenstore_fault(content: bytes) -> str:
         return ""
     if not content.endswith(b"\0"):
         return "the last string has no NUL"
+    if content.count(b"\0") > _MAX_LINKS:
+        return f"more than {_MAX_LINKS} strings"
     strings = content[:-1].split(b"\0")
     if len(strings) % 2:
         return "a key has no value"

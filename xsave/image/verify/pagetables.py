@@ -60,6 +60,13 @@ class _Context:
     gdt_frames: np.ndarray
     tallies: dict[str, _Tally] = field(default_factory=dict)
 
+    def is_table(self, pfns: np.ndarray, types: np.ndarray) -> np.ndarray:
+        """Return which pfns are tables that Xen validates: bool, same shape."""
+        found: np.ndarray = LEVELS[types] > 0
+        rows = self.image.tables.rows_of(pfns[found])
+        found[found] = self.reached[rows] & (rows >= 0)
+        return found
+
     def tally(self, rule: str, entries: Entries, breach: np.ndarray) -> None:
         """Count breaches of a rule."""
         self.tallies.setdefault(rule, _Tally()).take(entries, breach)
@@ -105,7 +112,7 @@ def _check_chunk(context: _Context, entries: Entries) -> None:
     _check_flags(context, entries, levels)
     _check_levels(context, entries, levels, LEVELS[types], is_writable)
     is_l1 = levels == 1
-    is_protected = (LEVELS[types] > 0) | np.isin(targets, context.gdt_frames)
+    is_protected = context.is_table(targets, types) | np.isin(targets, context.gdt_frames)
     context.tally("pte-writable", entries, is_l1 & is_writable & is_protected)
     is_hole = (types == PageType.XTAB) | (types == PageType.BROKEN)
     context.tally("pte-hole", entries, is_l1 & is_hole)

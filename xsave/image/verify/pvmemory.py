@@ -6,7 +6,6 @@ import numpy as np
 
 from xsave.frames import PageType
 from xsave.image.libxc import PageBatch, X86PvP2mFrames
-from xsave.image.pages import has_data
 from xsave.image.verify.findings import Findings
 from xsave.image.verify.frames import ABSENT
 from xsave.image.verify.model import Image
@@ -17,8 +16,7 @@ def check(image: Image, findings: Findings) -> None:
     """Check coverage, types and p2m pages."""
     _check_coverage(image, findings)
     _check_types(image, findings)
-    if image.p2m.max_pfn >= 0:
-        _check_p2m(image, findings)
+    _check_p2m(image, findings)
     if image.nr_repeated:
         text = f"{image.nr_repeated} entries were replaced by later ones"
         findings.add("repeated", text, record=PageBatch.NAME)
@@ -36,7 +34,7 @@ def _check_coverage(image: Image, findings: Findings) -> None:
     behind = known[first : first + 1].tolist() or [end]
     span = f"{first:#x} to {behind[0] - 1:#x}"
     text = f"{nr_missing} of {end} pfns never came, the first of them are {span}"
-    findings.add("coverage", text, record=PageBatch.NAME, offset=image.p2m.offset)
+    findings.add("coverage", text, record=X86PvP2mFrames.NAME, offset=image.p2m.offset)
 
 
 def _check_types(image: Image, findings: Findings) -> None:
@@ -72,8 +70,7 @@ def _check_shared(image: Image, findings: Findings) -> None:
     p2m, per_page = image.p2m, image.pfns_per_p2m_page
     ordered, counts = np.unique(p2m.pfns, return_counts=True)
     shared = np.flatnonzero(np.isin(p2m.pfns, ordered[counts > 1]))
-    frames = image.frames
-    populated = frames.pfns[has_data(frames.types)] // np.uint64(per_page)
+    populated = image.frames.populated // np.uint64(per_page)
     wrong = shared[np.isin(shared.astype(np.uint64), populated)]
     if len(wrong):
         text = f"p2m page {wrong[0]} (pfn {p2m.pfns[wrong[0]]:#x}) serves for others too"

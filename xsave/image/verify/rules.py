@@ -36,7 +36,7 @@ _ERRORS = {
     "start-info-rings": "start_info names no usable xenstore or console page",
     "upcall-mask": "events are not masked in vCPU 0's slot of shared_info: the guest hangs",
     "tsc-mode": "there is no such TSC mode",
-    "msr-policy": "an entry of the MSR policy has flags set, which Xen refuses",
+    "policy-refused": "Xen refuses the CPU policy: flags on an MSR, or too long",
     # vCPUs
     "vcpu-id": "a vCPU number is too high, comes twice, or has no BASIC record",
     "vcpu-size": "a context has the size of the other guest width",

@@ -194,7 +194,7 @@ class _Vcpu:
     def _check_mapped(self) -> None:
         """Walk the page tables for the addresses that the vCPU uses first."""
         state, regs = self.state, self.regs
-        in_kernel = state.flags & public.VGCF_IN_KERNEL
+        in_kernel = self.number == 0 or state.flags & public.VGCF_IN_KERNEL
         root = self.paging.cr3 if in_kernel else self.paging.user_table
         tables = self.image.tables
         if root is None or self.image.nr_tables_skipped or not tables.entries_of(root):

@@ -20,7 +20,7 @@ from xsave.image.verify import (
 )
 from xsave.image.verify.collect import Collector
 from xsave.image.verify.findings import Finding, Findings
-from xsave.image.verify.model import Check
+from xsave.image.verify.model import Check, Image
 from xsave.image.verify.pvpages import ZeroPages
 
 _ANY: tuple[Check, ...] = (records.check, blobs.check, config.check)
@@ -46,9 +46,16 @@ def verify(read: Read, zero_pages: ZeroPages | None = None) -> list[Finding]:
         return findings.result()
     _check_tail(decoder, findings)
     image = collector.finish()
-    for check in _ANY + (_PV if image.is_pv else _HVM):
+    for check in _ANY + _checks_of(image):
         check(image, findings)
     return findings.result()
+
+
+def _checks_of(image: Image) -> tuple[Check, ...]:
+    """Return the checks of this kind of guest; a PV guest without a p2m gives no measure."""
+    if not image.is_pv:
+        return _HVM
+    return _PV if image.p2m.max_pfn >= 0 else ()
 
 
 def _walk(decoder: StreamDecoder, collector: Collector, findings: Findings) -> None:
