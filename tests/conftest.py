@@ -45,6 +45,15 @@ def processes_of(home: Path) -> list[int]:
     return found
 
 
+def no_process_is_left(home: Path, seconds: float = 10) -> bool:
+    """True once the domain processes of `home` are gone: one that has given up its domain
+    takes a moment to end."""
+    deadline = time.monotonic() + seconds
+    while processes_of(home) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    return not processes_of(home)
+
+
 def end_processes(home: Path) -> None:
     """Kill what still runs below `home`, by pid, and wait until it is gone."""
     deadline = time.monotonic() + 10
@@ -57,11 +66,16 @@ def end_processes(home: Path) -> None:
         time.sleep(0.02)
 
 
+def make_home():
+    """Make an empty directory for XSAVE_HOME, in shared memory if there is any."""
+    base = SHARED_MEMORY if os.access(SHARED_MEMORY, os.W_OK) else None
+    return Path(tempfile.mkdtemp(prefix="xsave-test-", dir=base))
+
+
 @pytest.fixture
 def xsave_home(monkeypatch):
     """An empty XSAVE_HOME in shared memory; the test leaves no process and no file behind."""
-    base = SHARED_MEMORY if os.access(SHARED_MEMORY, os.W_OK) else None
-    home = Path(tempfile.mkdtemp(prefix="xsave-test-", dir=base))
+    home = make_home()
     monkeypatch.setenv("XSAVE_HOME", str(home))
     yield home
     end_processes(home)

@@ -3,7 +3,8 @@
 The proof behind save and restore. Both domains' frames are read in place; nothing of the image
 is believed. A pfn's two frames must hold the same bytes but for what the change of frames itself
 demands: page tables are compared after canonicalisation, the p2m's pages must say where each
-domain's frames really are, and start_info is what a restore fills in anew.
+domain's frames really are; start_info and the p2m's frame lists are what a restore or the guest
+fills in anew.
 """
 
 from __future__ import annotations
@@ -83,8 +84,8 @@ def compare(old: Domctl, new: Domctl, *, nr_samples: int = 8) -> Comparison:
         moved_pages=int(np.count_nonzero(a.p2m[pfns] != b.p2m[pfns])),
         equal_pages=int(np.count_nonzero(~wrong[plain])),
         equal_tables=int(np.count_nonzero(~wrong[tables])),
-        p2m_pages=int(special.size),
-        rewritten_pages=1,
+        p2m_pages=int(a.p2m_pfns.size),
+        rewritten_pages=int(np.count_nonzero(excused)) - int(a.p2m_pfns.size),
         different=tuple(np.flatnonzero(wrong).tolist()),
         samples=samples(a, b, pfns, nr_samples),
     )
