@@ -198,7 +198,8 @@ def _terminal_progress() -> Iterator[Report]:
         if began:
             stage, start = began.pop()
             label = escape(f"{stage.operation}: {stage.name}{_detail(stage.detail)}")
-            bar.console.print(f"  {label}  [dim]{(time.monotonic() - start) * 1000:.0f} ms")
+            milliseconds = (time.monotonic() - start) * 1000
+            bar.console.print(f"  {label}  [dim]{milliseconds:.0f} ms", highlight=False)
 
     def report(event: Event) -> None:
         if isinstance(event, Pages):
@@ -215,6 +216,7 @@ def _terminal_progress() -> Iterator[Report]:
             began.append((event, time.monotonic()))
             bar.update(task, description=escape(f"{event.operation}: {event.name}"))
         else:
+            bar.console.print(f"  {escape(finished_line(event))}", highlight=False)
             bar.reset(task, total=None, pages="", description="")
 
     with bar:
