@@ -11,6 +11,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -32,12 +33,17 @@ def _unpack(version, directory):
     try:
         result = _run("apt-get", "download", package, cwd=directory)
         if result.returncode:
-            return f"apt-get download {package}: {result.stderr.strip().splitlines()[-1:]}"
-        (deb,) = directory.glob(f"{package}_*.deb")
-        result = _run("dpkg-deb", "-x", deb.name, f"unpacked-{version}", cwd=directory)
+            return f"apt-get download {package}: {result.stderr.strip() or 'it failed'}"
+        deb = max(directory.glob(f"{package}_*.deb"))
+        # Renamed when it is whole: an interrupted run leaves nothing that looks unpacked.
+        partial = Path(tempfile.mkdtemp(dir=directory))
+        result = _run("dpkg-deb", "-x", deb.name, partial.name, cwd=directory)
     except subprocess.TimeoutExpired as error:
         return f"{error.cmd[0]} took more than {TIMEOUT_S} s"
-    return result.stderr.strip() if result.returncode else ""
+    if result.returncode:
+        return f"dpkg-deb -x {deb.name}: {result.stderr.strip()}"
+    partial.rename(directory / f"unpacked-{version}")
+    return ""
 
 
 def _find(directory):
