@@ -41,7 +41,9 @@ class Canonicalised:
     bad: np.ndarray
 
 
-def mfns_to_pfns(mfns: np.ndarray, m2p: np.ndarray, p2m: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def mfns_to_pfns(
+    mfns: np.ndarray, m2p: np.ndarray, p2m: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
     """Return (pfns, valid) for mfns of any shape.
 
     A frame is the guest's if m2p names a pfn inside the p2m and p2m agrees: either table alone

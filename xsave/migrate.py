@@ -90,7 +90,7 @@ class Sender:
             self._stage("hand over")
             handshake.expect(self._receiver.output, handshake.READY, "ready", READY_TIMEOUT_S)
             self._domctl.hold()
-        except BaseException as e:
+        except BaseException as e:  # noqa: BLE001 - _explain raises it again
             self._domctl.resume()
             self._explain(e)
         status = self._go()

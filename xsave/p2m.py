@@ -34,7 +34,7 @@ class GuestP2m:
 def find(domctl: Domctl, state: DomainState, shared: SharedInfo) -> GuestP2m:
     """Read the p2m of a suspended or never-run domain. Raises GuestStateError."""
     if state.never_run and state.p2m_frames is not None:
-        return _of_image(domctl, state)
+        return _of_image(domctl, state, state.p2m_frames)
     size = shared.arch.max_pfn
     if not 0 < size < min(_MAX_PFNS, 64 * domctl.machine.nr_frames):
         raise GuestStateError(f"the guest says it has {size} pfns (shared_info.arch.max_pfn)")
@@ -58,7 +58,7 @@ def _nr_pages(size: int) -> int:
     return -(-size // PER_PAGE)
 
 
-def _of_image(domctl: Domctl, state: DomainState) -> GuestP2m:
+def _of_image(domctl: Domctl, state: DomainState, frames: np.ndarray) -> GuestP2m:
     """The m2p of a domain that never ran is the restore's own work: invert it."""
     machine = domctl.machine
     mfns = np.flatnonzero(machine.owner == domctl.domid).astype(np.uint64)
@@ -66,7 +66,7 @@ def _of_image(domctl: Domctl, state: DomainState) -> GuestP2m:
     known = pfns < np.uint64(state.p2m_size)
     p2m = np.full(state.p2m_size, INVALID_P2M_ENTRY, np.uint64)
     p2m[pfns[known]] = mfns[known]
-    return GuestP2m(p2m, state.p2m_frames, np.empty(0, np.uint64))
+    return GuestP2m(p2m, frames, np.empty(0, np.uint64))
 
 
 def _checked(domctl: Domctl, p2m: np.ndarray) -> np.ndarray:

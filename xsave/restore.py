@@ -56,8 +56,9 @@ class Parts:
     cpuid: bytes = b""
     msrs: bytes = b""
     tsc: tuple[int, int, int, int] = (0, 0, 0, 0)
-    shared_info: Item | None = None
-    p2m_frames: Item | None = None
+    shared_info: bytes | None = None
+    p2m_frames: np.ndarray | None = None
+    p2m_offset: int = 0
     vcpus: dict[int, dict[str, Item]] = field(default_factory=dict)
 
 
@@ -138,11 +139,11 @@ class Reader:
                 handler(self, item)
         if until_end:
             self._check_tail(decoder)
-        if self._memory is None:
+        if self._memory is None or self._domctl is None:
             raise ImageError("the image has no X86_PV_P2M_FRAMES record", offset=decoder.position)
         self._report(Stage("restore", "settle", "page tables, p2m, vCPUs"))
         self._check_vcpus(decoder.position)
-        settle_domain(self._domctl, self._memory, self._parts, self._state())
+        settle_domain(self._domctl, self._memory, self._parts, self._state(self._memory))
         self.nr_pages = self._memory.nr_populated
         self._domctl.commit()
         return self._domctl
@@ -157,7 +158,7 @@ class Reader:
                 found=f"{tail[:16].hex()}...",
             )
 
-    # -- records ---------------------------------------------------------------------------------------
+    # -- records ---
 
     def _xl_header(self, item: Item) -> None:
         self._parts.config = item.value.config
@@ -189,7 +190,7 @@ class Reader:
                 offset=item.offset,
             )
         self._check_p2m_size(record, item.offset)
-        self._parts.p2m_frames = item
+        self._parts.p2m_frames, self._parts.p2m_offset = record.pfns, item.offset
         self._check_cpu()
         self._begin(record.end_pfn + 1)
 
@@ -302,12 +303,12 @@ class Reader:
         self._parts.tsc = (tsc.mode, tsc.khz, tsc.nsec, tsc.incarnation)
 
     def _shared_info(self, item: Item) -> None:
-        self._parts.shared_info = item
+        self._parts.shared_info = item.value.content
 
     def _vcpu(self, item: Item) -> None:
         self._parts.vcpus.setdefault(item.value.vcpu_id, {})[item.value.NAME] = item
 
-    # -- the end of the stream -------------------------------------------------------------------------
+    # -- the end of the stream ---
 
     def _check_vcpus(self, end: int) -> None:
         parts = self._parts
@@ -329,7 +330,7 @@ class Reader:
                     "(--cpu-mismatch=allow restores it all the same, at its own risk)"
                 )
 
-    def _state(self) -> DomainState:
+    def _state(self, memory: Memory) -> DomainState:
         parts = self._parts
         return DomainState(
             never_run=True,
@@ -340,8 +341,8 @@ class Reader:
             config=parts.config,
             cpuid_policy=parts.cpuid,
             msr_policy=parts.msrs,
-            p2m_frames=parts.p2m_frames.value.pfns,
-            p2m_size=self._memory.p2m.size,
+            p2m_frames=parts.p2m_frames,
+            p2m_size=memory.p2m.size,
             xen_version=parts.xen_version,
         )
 

@@ -14,6 +14,7 @@ import ctypes
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
@@ -120,7 +121,7 @@ class Writer:
         self._record(libxc.StaticDataEnd())
         self._record(libxc.X86PvP2mFrames(0, self._p2m.size - 1, frames))
 
-    # -- vCPUs and shared_info -----------------------------------------------------------------------
+    # -- vCPUs and shared_info ---
 
     def _pfn(self, mfn: int, what: str) -> int:
         pfns, valid = mfns_to_pfns(np.array([mfn], np.uint64), self._machine.m2p, self._p2m)
@@ -169,7 +170,7 @@ class Writer:
             if vcpu.msrs:
                 self._record(libxc.X86PvVcpuMsrs(vcpu.vcpu_id, vcpu.msrs))
 
-    # -- pages -----------------------------------------------------------------------------------------
+    # -- pages ---
 
     def _write_pages(
         self, found: guest_p2m.GuestP2m, start_info_pfn: int, state: DomainState
@@ -193,9 +194,7 @@ class Writer:
             for row in np.flatnonzero(patched[here][rows]):
                 content[row] = patches[first + int(rows[row])]
                 full[row] = content[row].any()
-            self._write(
-                StreamEncoder.page_data_header(pfns, types[here]), *_runs(content, full)
-            )
+            self._write(StreamEncoder.page_data_header(pfns, types[here]), *_runs(content, full))
             self.nr_pages += rows.size
             self.zero_pages += rows.size - int(np.count_nonzero(full))
             done = first + pfns.size
@@ -270,7 +269,4 @@ def _runs(content: np.ndarray, full: np.ndarray) -> list[Buffer]:
         return []
     breaks = np.flatnonzero(np.diff(full)) + 1
     edges = [0, *breaks.tolist(), full.size]
-    return [
-        content[a:b] if full[a] else Zeros((b - a) * PAGE_SIZE)
-        for a, b in zip(edges, edges[1:], strict=False)
-    ]
+    return [content[a:b] if full[a] else Zeros((b - a) * PAGE_SIZE) for a, b in pairwise(edges)]

@@ -14,7 +14,7 @@ import numpy as np
 
 from xsave.canonical import local_p2m, localise, referenced_pfns
 from xsave.errors import HostCannotTake, ImageError
-from xsave.frames import INVALID_P2M_ENTRY, PAGE_SHIFT, PTE_PSE, TYPE_PIN, PageType
+from xsave.frames import INVALID_P2M_ENTRY, PAGE_SHIFT, PAGE_SIZE, PTE_PSE, TYPE_PIN, PageType
 from xsave.guest.xen.domctl import DomainState, Domctl, VcpuState
 from xsave.image import libxc
 from xsave.placing import Memory
@@ -59,7 +59,7 @@ class Settler:
             raise ImageError(f"the guest's state is inconsistent: {e}") from e
         self._domctl.set_state(state)
 
-    # -- page tables -----------------------------------------------------------------------------------
+    # -- page tables ---
 
     def _localise_tables(self) -> None:
         memory, machine = self._memory, self._machine
@@ -106,15 +106,14 @@ class Settler:
         pinned = np.flatnonzero((types & TYPE_PIN != 0) & (types < PageType.BROKEN))
         self._domctl.pin(self._memory.p2m[pinned], types[pinned] & 7)
 
-    # -- single pages ------------------------------------------------------------------------------------
+    # -- single pages ---
 
     def _mfn(self, pfn: int) -> int:
         return int(self._memory.p2m[pfn])
 
-    def _require_plain(self, pfn: int, what: str, item: Item | None = None) -> None:
+    def _require_plain(self, pfn: int, what: str, offset: int | None = None) -> None:
         """The pfn must be an ordinary page that is there."""
         memory = self._memory
-        offset = item.offset if item else None
         if pfn >= memory.p2m.size:
             raise ImageError(
                 f"{what} is outside the p2m",
@@ -132,7 +131,7 @@ class Settler:
 
     def _write_shared_info(self) -> None:
         """vcpu_info and arch come from the image, the event channels start afresh."""
-        content = self._parts.shared_info.value.content
+        content = self._parts.shared_info or bytes(PAGE_SIZE)
         shared = SharedInfo.from_buffer_copy(content)
         shared.arch.pfn_to_mfn_frame_list_list = 0
         ctypes.memset(shared.evtchn_pending, 0, ctypes.sizeof(shared.evtchn_pending))
@@ -143,17 +142,18 @@ class Settler:
         self._machine.pages[self._domctl.shared_info_mfn] = np.frombuffer(page, np.uint8)
 
     def _write_p2m(self) -> None:
-        item = self._parts.p2m_frames
-        frames = item.value.pfns
+        frames = self._parts.p2m_frames
+        assert frames is not None  # Reader.run saw to it
         plain = (self._memory.types[frames] == PageType.NOTAB) & (
             self._memory.p2m[frames] != _INVALID
         )
         if not plain.all():
-            self._require_plain(int(frames[~plain][0]), "a p2m page", item)
+            wrong = int(frames[~plain][0])
+            self._require_plain(wrong, "a p2m page", self._parts.p2m_offset)
         self._machine.mem[self._memory.p2m[frames]] = local_p2m(self._memory.p2m)
 
     def _write_start_info(self, pfn: int) -> None:
-        self._require_plain(pfn, "start_info (vCPU 0's rdx)", self._basic(0))
+        self._require_plain(pfn, "start_info (vCPU 0's rdx)", self._basic(0).offset)
         page = self._machine.pages[self._mfn(pfn)]
         info = StartInfo.from_buffer_copy(page.tobytes())
         for ring, ring_pfn in (("xenstore", info.store_mfn), ("console", info.console_mfn)):
@@ -167,7 +167,7 @@ class Settler:
         info.flags = 0
         page[: ctypes.sizeof(info)] = np.frombuffer(bytes(info), np.uint8)
 
-    # -- vCPUs -------------------------------------------------------------------------------------------
+    # -- vCPUs ---
 
     def _basic(self, vcpu_id: int) -> Item:
         return self._parts.vcpus[vcpu_id][libxc.X86PvVcpuBasic.NAME]
@@ -191,7 +191,7 @@ class Settler:
                 found=context.gdt_ents,
             )
         for i in range(-(-context.gdt_ents // 512)):
-            self._require_plain(context.gdt_frames[i], f"GDT frame {i}", item)
+            self._require_plain(context.gdt_frames[i], f"GDT frame {i}", item.offset)
             context.gdt_frames[i] = self._mfn(context.gdt_frames[i])
         if not context.flags & _KERNEL_MODE:
             raise ImageError(
@@ -213,14 +213,14 @@ class Settler:
         return self._mfn(pfn)
 
     def _vcpu_state(self, context: VcpuGuestContext) -> VcpuState:
-        def blob(record: type) -> bytes:
-            item = self._parts.vcpus[0].get(record.NAME)
+        def blob(record: str) -> bytes:
+            item = self._parts.vcpus[0].get(record)
             return bytes(item.value.context) if item else b""
 
         return VcpuState(
             vcpu_id=0,
             context=bytes(context),
-            extended=blob(libxc.X86PvVcpuExtended),
-            xsave=blob(libxc.X86PvVcpuXsave),
-            msrs=blob(libxc.X86PvVcpuMsrs),
+            extended=blob(libxc.X86PvVcpuExtended.NAME),
+            xsave=blob(libxc.X86PvVcpuXsave.NAME),
+            msrs=blob(libxc.X86PvVcpuMsrs.NAME),
         )

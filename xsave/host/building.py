@@ -47,13 +47,13 @@ class Building:
 
     def _unbuilt(self) -> Domain:
         """The domain, while it may still be built."""
-        if self._process.domain is None or self.committed:
-            raise GuestStateError("the domain is not being built")
+        if self.committed:
+            raise GuestStateError("the domain is not being built any more")
         return self._process.domain
 
     def op_begin(self, request: Request) -> Answer:
         arguments, process = request.arguments, self._process
-        if process.domain is not None:
+        if process.hypervisor is not None:
             raise GuestStateError("the domain exists already")
         nr_vcpus = int(arguments["nr_vcpus"])
         if nr_vcpus != _MAX_VCPUS_YET:
@@ -61,7 +61,7 @@ class Building:
         self.builder = request.client
         clock = VirtualClock() if arguments.get("deterministic") else RealClock()
         process.builtin = bool(arguments.get("builtin"))
-        process.domain = domain = Domain(
+        domain = Domain(
             process.machine,
             process.domid,
             nr_vcpus=nr_vcpus,
@@ -181,7 +181,7 @@ class Building:
         hosts.write_record(self._process.directory, name=self._process.name)
         return {}, b""
 
-    # -- for a save ------------------------------------------------------------------------------------
+    # -- for a save ---
 
     def op_getstate(self, _request: Request) -> Answer:
         domain = self._process.domain
@@ -204,12 +204,12 @@ class Building:
         }, blob
 
     def op_getvcpus(self, _request: Request) -> Answer:
-        domain, hypervisor = self._process.domain, self._process.hypervisor
+        domain, hypervisor = self._process.domain, self._process.xen
         ids, blobs = [], []
         for vcpu in domain.vcpus:
             if not vcpu.online:
                 continue
-            if hypervisor.cpu is not None:
+            if hypervisor.powered:
                 vcpu.read_registers(hypervisor.cpu)
             vcpu.context.vm_assist = domain.vm_assist
             ids.append(vcpu.id)

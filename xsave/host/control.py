@@ -62,7 +62,7 @@ class Control:
     def start(self) -> None:
         threading.Thread(target=self._serve, name="control", daemon=True).start()
 
-    # -- for the vCPU thread -----------------------------------------------------------------------
+    # -- for the vCPU thread ---
 
     def has_requests(self) -> bool:
         return bool(self._requests)
@@ -86,7 +86,7 @@ class Control:
         self._outbox.append(data)
         os.eventfd_write(self._own_fd, 1)
 
-    # -- the thread ---------------------------------------------------------------------------------
+    # -- the thread ---
 
     def _serve(self) -> None:
         self._listener.setblocking(False)
@@ -138,7 +138,7 @@ class Control:
         self._requests.append(Request(client, "closed", {}))
         self.wake()
 
-    # -- console ---------------------------------------------------------------------------------------
+    # -- console ---
 
     def _read_console(self, client: Client) -> None:
         try:

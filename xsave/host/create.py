@@ -17,6 +17,8 @@ from xsave.progress import Report, Stage, ignore
 
 BUILTIN_KERNEL = Path(__file__).parents[1] / "guest" / "kernel" / "xsave-guest.elf"
 MIN_MEMORY_BYTES = 4 << 20
+#: "boot" goes into b_info, "xsave" stays our own (real tools ignore it).
+Settings = dict[str, dict[str, object]]
 #: Namespace of the uuids of deterministic guests: the same commands give the same image.
 _UUID_NAMESPACE = uuid.UUID("2008052c-0000-5000-8000-000000000012")
 
@@ -40,7 +42,7 @@ def create(
     """
     _check(memory_bytes, vcpus)
     builtin = kernel is None
-    path = str(BUILTIN_KERNEL if builtin else Path(kernel).absolute())
+    path = str(BUILTIN_KERNEL if kernel is None else Path(kernel).absolute())
     for file in (path, ramdisk):
         if file is not None and not Path(file).is_file():
             raise StorageError(f"{file}: no such file")
@@ -77,15 +79,19 @@ def _check(memory_bytes: int, vcpus: int) -> None:
 
 def _settings(
     kernel: str | None, ramdisk: str | None, cmdline: str, builtin: bool, seed: int | None
-) -> dict[str, object]:
+) -> Settings:
     """The part of the config that real tools ignore and xsave needs after a restore."""
-    own = {"guest": "builtin" if builtin else "kernel", "deterministic": seed}
+    own: dict[str, object] = {"guest": "builtin" if builtin else "kernel", "deterministic": seed}
     boot = {"kernel": kernel or "xsave-guest", "ramdisk": ramdisk or "", "cmdline": cmdline}
     return {"boot": {k: v for k, v in boot.items() if v}, "xsave": own}
 
 
 def _state(
-    name: str, memory_bytes: int, vcpus: int, settings: dict[str, object], seed: int | None
+    name: str,
+    memory_bytes: int,
+    vcpus: int,
+    settings: Settings,
+    seed: int | None,
 ) -> DomainState:
     policy = CpuPolicy.default()
     return DomainState(
@@ -104,7 +110,11 @@ def _state(
 
 
 def config_json(
-    name: str, memory_bytes: int, vcpus: int, settings: dict[str, object], seed: int | None
+    name: str,
+    memory_bytes: int,
+    vcpus: int,
+    settings: Settings,
+    seed: int | None,
 ) -> bytes:
     """Return the libxl_domain_config that a real `xl restore` takes."""
     unique = uuid.uuid4() if seed is None else uuid.uuid5(_UUID_NAMESPACE, f"{name}/{seed}")

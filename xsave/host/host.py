@@ -143,7 +143,7 @@ class Host:
         self.settle()
         return self.machine.free_frames()
 
-    # -- the registry of domains ---------------------------------------------------------------------
+    # -- the registry of domains ---
 
     @contextlib.contextmanager
     def registry_lock(self) -> Iterator[None]:
@@ -163,7 +163,10 @@ class Host:
                 record = json.loads((directory / "domain.json").read_text())
                 found.append(
                     DomainRecord(
-                        record["name"], int(directory.name), directory, record.get("building", False)
+                        record["name"],
+                        int(directory.name),
+                        directory,
+                        record.get("building", False),
                     )
                 )
         return sorted(found, key=lambda r: r.domid)
@@ -220,7 +223,7 @@ class Host:
         self.machine.free_domain(domid)
         shutil.rmtree(directory, ignore_errors=True)
 
-    # -- domains ---------------------------------------------------------------------------------------
+    # -- domains ---
 
     def domains(self) -> list[DomainInfo]:
         """Return the live domains, by domid."""

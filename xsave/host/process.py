@@ -21,7 +21,7 @@ import sys
 import traceback
 from pathlib import Path
 
-from xsave.errors import ConnectionLost, StorageError
+from xsave.errors import ConnectionLost, GuestStateError, StorageError
 from xsave.guest.xen.domain import Domain
 from xsave.guest.xen.domctl import Domctl
 from xsave.guest.xen.hypervisor import Hypervisor
@@ -48,7 +48,6 @@ class DomainProcess:
         self.machine = machine
         self.domid = domid
         self.name = name
-        self.domain: Domain | None = None
         self.hypervisor: Hypervisor | None = None
         self.builtin = False
         self.finished = False
@@ -56,27 +55,38 @@ class DomainProcess:
         self.operations = Operations(self)
         self._ticker = Ticker(GRACE_BUILTIN_S, self._crossings, self._due, self._stop)
 
-    # -- called by other threads --------------------------------------------------------------------
+    @property
+    def domain(self) -> Domain:
+        """The domain. Raises GuestStateError before `begin`."""
+        return self.xen.domain
+
+    @property
+    def xen(self) -> Hypervisor:
+        if self.hypervisor is None:
+            raise GuestStateError("the domain is not built yet")
+        return self.hypervisor
+
+    # -- called by other threads ---
 
     def _type(self, data: bytes) -> None:
-        if self.domain is not None:
+        if self.hypervisor is not None:
             self.domain.console.type(data)
 
     def _crossings(self) -> int:
         return self.hypervisor.nr_crossings if self.hypervisor else 0
 
     def _due(self) -> bool:
-        domain = self.domain
         if self.control.has_requests():
             return True
+        domain = self.domain
         now = domain.clock.now()
         return any(v.timer_ns is not None and v.timer_ns <= now for v in domain.vcpus)
 
     def _stop(self) -> None:
-        if self.hypervisor and self.hypervisor.cpu:
-            self.hypervisor.cpu.stop()
+        if self.xen.powered:
+            self.xen.cpu.stop()
 
-    # -- the loop -----------------------------------------------------------------------------------
+    # -- the loop ---
 
     def serve(self) -> None:
         """Run until the domain is destroyed."""
@@ -92,11 +102,10 @@ class DomainProcess:
                 self._run_guest()
 
     def _runnable(self) -> bool:
-        domain = self.domain
         return (
-            domain is not None
+            self.hypervisor is not None
             and not self.operations.paused
-            and domain.shutdown_reason is None
+            and self.domain.shutdown_reason is None
             and not self.holding()
         )
 
@@ -106,9 +115,9 @@ class DomainProcess:
         return clock.virtual and clock.now() >= clock.horizon_ns
 
     def _run_guest(self) -> None:
-        domain, hv = self.domain, self.hypervisor
+        domain, hv = self.domain, self.xen
         try:
-            if hv.cpu is None:
+            if not hv.powered:
                 self._first_run()
             domain.serve_console()
             domain.serve_store()
@@ -119,7 +128,7 @@ class DomainProcess:
             if not domain.clock.virtual:  # slices end by count there, whatever waits
                 self._ticker.running.set()
             hv.run(SLICE_INSTRUCTIONS if domain.clock.virtual else 0)
-        except Exception as e:  # a bug of ours must not take the control socket down
+        except Exception as e:  # noqa: BLE001 - a bug of ours must not take the control socket down
             domain.crash(f"hypervisor: {type(e).__name__}: {e}")
             domain.console.put(traceback.format_exc().encode())
         finally:
@@ -133,7 +142,7 @@ class DomainProcess:
         domain = self.domain
         self._ticker.grace_s = GRACE_BUILTIN_S if self.builtin else GRACE_FOREIGN_S
         domain.start()
-        self.hypervisor.power_on()
+        self.xen.power_on()
 
     def _unblock(self) -> bool:
         """True if the blocked vCPU may run: an upcall, a polled port, a poll's end."""
@@ -164,7 +173,7 @@ class DomainProcess:
             select.select([self.control.wake_fd], [], [], seconds)
         self.control.clear_wake()
 
-    # -- the end ------------------------------------------------------------------------------------
+    # -- the end ---
 
     def remove(self) -> None:
         """Free the frames and forget the domain; `dying` lets the next command wait for it."""
@@ -201,7 +210,7 @@ def spawn(host: hosts.Host, name: str) -> Domctl:
             listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
             listener.bind(address)
             listener.listen(16)
-        with open(directory / "process.log", "wb") as log:
+        with (directory / "process.log").open("wb") as log:
             subprocess.Popen(
                 [
                     sys.executable, "-m", __name__, str(host.directory), str(domid), name,

@@ -21,7 +21,7 @@ class Receiver:
     """A running migrate-receive: write the image to `input`, read its messages from `output`."""
 
     def __init__(self, target: Host) -> None:
-        self._errors = tempfile.TemporaryFile()
+        self._errors = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as this
         root = str(Path(__file__).resolve().parents[2])
         path = os.environ.get("PYTHONPATH", "")
         command = [sys.executable, "-m", "xsave", "--host", target.name, "-q", "--progress", "none"]
@@ -37,6 +37,7 @@ class Receiver:
         except OSError as e:
             self._errors.close()
             raise StorageError(f"cannot start the receiving end: {e.strerror}") from e
+        assert self._process.stdin is not None and self._process.stdout is not None
         self.input = self._process.stdin.fileno()
         self.output = self._process.stdout.fileno()
 

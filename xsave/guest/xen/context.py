@@ -64,7 +64,7 @@ class Vcpu:
         self.timer_ns: int | None = None
         self.traps: dict[int, tuple[int, int]] = {}
 
-    # -- what the guest has set, in the words of its user ---------------------------------------
+    # -- what the guest has set, in the words of its user ---
 
     @property
     def cr3(self) -> int:
@@ -102,7 +102,7 @@ class Vcpu:
         self.in_kernel = bool(self.context.flags & VGCF_IN_KERNEL)
         self.online = True
 
-    # -- to and from the emulator ----------------------------------------------------------------
+    # -- to and from the emulator ---
 
     def load_registers(self, cpu: Cpu, gdt_base: int) -> None:
         """Power the emulated CPU on in this vCPU's state."""

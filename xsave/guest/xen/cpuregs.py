@@ -54,7 +54,7 @@ def locate(engine: int, signature: bytes) -> int:
                     return state
     finally:
         os.close(fd)
-    raise UnsupportedEmulator("the CPU state of this unicorn release was not found (2.1.4 is known)")
+    raise UnsupportedEmulator("this unicorn keeps its CPU state elsewhere (2.1.4 is known)")
 
 
 def _pointers(blob: bytes) -> list[int]:

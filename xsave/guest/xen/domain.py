@@ -84,7 +84,7 @@ class Domain:
         self.store_port = 0
         self.connection = Connection(self.store, domid, home=self.home)
 
-    # -- Xen's own frames --------------------------------------------------------------------------
+    # -- Xen's own frames ---
 
     def _allocate_xen_frames(self) -> None:
         mfns = [int(mfn) for mfn in self.machine.allocate(self.domid, _XEN_FRAMES)]
@@ -157,7 +157,7 @@ class Domain:
         for vcpu in self.vcpus:
             self.update_time(vcpu)
 
-    # -- time ------------------------------------------------------------------------------------
+    # -- time ---
 
     def update_time(self, vcpu: Vcpu) -> None:
         """Publish the clock in a vCPU's time info: tsc and system_time of the same instant."""
@@ -183,7 +183,7 @@ class Domain:
                 vcpu.timer_ns = None
                 self.events.raise_virq(0, vcpu.id)
 
-    # -- the two rings ------------------------------------------------------------------------------
+    # -- the two rings ---
 
     def connect_console(self, mfn: int) -> int:
         """Attach the console ring; return the port."""
@@ -209,7 +209,7 @@ class Domain:
         if self.store_page is not None and service_ring(self.store_page, self.connection):
             self.events.set_pending(self.store_port)
 
-    # -- the end -----------------------------------------------------------------------------------
+    # -- the end ---
 
     def crash(self, message: str) -> None:
         """domain_crash(): the guest did what no guest may."""

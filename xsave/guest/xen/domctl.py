@@ -183,7 +183,7 @@ class Domctl:
             if on_event:
                 on_event(message["event"])
 
-    # -- life ----------------------------------------------------------------------------------------
+    # -- life ---
 
     def info(self) -> DomainInfo:
         message, _ = self._call("info")
@@ -245,7 +245,7 @@ class Domctl:
         path = self.machine.directory / "domains" / str(self.domid) / "console.log"
         return path.read_bytes() if path.exists() else b""
 
-    # -- state, for a save ---------------------------------------------------------------------------
+    # -- state, for a save ---
 
     def state(self) -> DomainState:
         message, blob = self._call("getstate")
@@ -287,7 +287,7 @@ class Domctl:
         safe = np.where(inside, mfns, 0)
         return inside & (self.machine.owner[safe] == self.domid)
 
-    # -- building, for a restore ---------------------------------------------------------------------
+    # -- building, for a restore ---
 
     def begin(
         self, *, nr_vcpus: int, max_pages: int, deterministic: bool = False, builtin: bool = False

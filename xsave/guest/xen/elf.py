@@ -64,9 +64,11 @@ def parse(data: bytes, name: str) -> Kernel:
         programs = [_PHDR.unpack_from(data, header[5] + i * header[9]) for i in range(header[10])]
     except struct.error as e:
         raise _bad(name, "the ELF file is truncated") from e
-    segments, notes = [], {}
+    segments: list[Segment] = []
+    notes: dict[int, int] = {}
     for kind, _flags, offset, _vaddr, paddr, file_bytes, memory_bytes, _align in programs:
-        if offset + file_bytes > len(data) or file_bytes > max(memory_bytes, file_bytes * (kind == 4)):
+        larger_in_file = file_bytes > memory_bytes and kind == _PT_LOAD
+        if offset + file_bytes > len(data) or larger_in_file:
             raise _bad(name, "a segment lies outside the file")
         if kind == _PT_LOAD and memory_bytes:
             segments.append(Segment(offset, paddr, file_bytes, memory_bytes))

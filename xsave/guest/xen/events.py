@@ -61,7 +61,7 @@ class EventChannels:
         self._fifo: dict[int, FifoQueues] = {}
         self._array: list[int] = []  # machine addresses of the event array's pages
 
-    # -- binding -------------------------------------------------------------------------------
+    # -- binding ---
 
     def bind(self, port: Port) -> int:
         """Allocate the lowest free port. Return it, or -ENOSPC."""
@@ -109,7 +109,7 @@ class EventChannels:
         else:
             self._shared.evtchn_pending[number >> 6] &= ~(1 << (number & 63))
 
-    # -- raising -------------------------------------------------------------------------------
+    # -- raising ---
 
     def send(self, number: int) -> int:
         """EVTCHNOP_send by the guest."""
@@ -172,7 +172,7 @@ class EventChannels:
             return word is not None and bool(self._words[word] & _PENDING)
         return bool(self._shared.evtchn_pending[number >> 6] >> (number & 63) & 1)
 
-    # -- FIFO ------------------------------------------------------------------------------------
+    # -- FIFO ---
 
     def init_control(self, gfn: int, offset: int, vcpu: int) -> int:
         """EVTCHNOP_init_control: the first one switches the domain to the FIFO ABI."""

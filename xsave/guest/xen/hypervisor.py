@@ -13,8 +13,23 @@ from collections.abc import Callable
 
 from xsave.guest.xen import guestmem
 from xsave.guest.xen.context import RFLAGS_IF, RFLAGS_LIVE, Vcpu
-from xsave.guest.xen.cpuregs import CR2, CS_SEL, GS_BASE, R8, R10, R11, RAX, RBX, RCX, RDI, RDX
-from xsave.guest.xen.cpuregs import RIP, RSI, RSP, SS_SEL
+from xsave.guest.xen.cpuregs import (
+    CR2,
+    CS_SEL,
+    GS_BASE,
+    R8,
+    R10,
+    R11,
+    RAX,
+    RBX,
+    RCX,
+    RDI,
+    RDX,
+    RIP,
+    RSI,
+    RSP,
+    SS_SEL,
+)
 from xsave.guest.xen.domain import Domain
 from xsave.guest.xen.guestmem import GuestFault
 from xsave.guest.xen.pagetable import PGT_L1, PGT_L4
@@ -47,11 +62,14 @@ class Hypervisor:
         self.vcpu = domain.vcpus[0]
         self.kicked = False
         self.nr_crossings = 0
-        self.cpu: Cpu | None = None
+        self.powered = False
+        self.cpu: Cpu
+        self.q: memoryview
 
     def power_on(self) -> None:
         """Load vCPU 0 into a fresh emulated CPU."""
         self.cpu = Cpu(self.domain.machine, self.domain.scratch_mfn, self)
+        self.powered = True
         self.q = self.cpu.q
         self.vcpu.load_registers(self.cpu, self.domain.gdt_base(self.vcpu))
 
@@ -66,7 +84,7 @@ class Hypervisor:
         if not self.kicked and self.domain.shutdown_reason is None:
             self.cpu.run(count)
 
-    # -- guest memory, as every hypercall sees it ------------------------------------------------
+    # -- guest memory, as every hypercall sees it ---
 
     def read(self, address: int, nr: int) -> bytes:
         return guestmem.read(self.tables, self.vcpu.cr3, address, nr)
@@ -74,10 +92,10 @@ class Hypervisor:
     def write(self, address: int, data: bytes) -> None:
         guestmem.write(self.tables, self.vcpu.cr3, address, data)
 
-    # -- crossings -----------------------------------------------------------------------------------
+    # -- crossings ---
 
     def syscall(self) -> None:
-        """A `syscall` instruction: a hypercall, or the guest's own user space calling its kernel."""
+        """A `syscall` instruction: a hypercall, or the guest's user space calling its kernel."""
         self.nr_crossings += 1
         self.domain.clock.step()
         q = self.q
@@ -161,9 +179,9 @@ class Hypervisor:
 
     def _page_fault(self, error_code: int) -> None:
         vcpu, address = self.vcpu, self.q[CR2]
-        if error_code & 3 == 3 and vcpu.in_kernel and self._is_table_write(address):
-            if emulate_table_write(self, address):
-                return
+        write = error_code & 3 == 3 and vcpu.in_kernel
+        if write and self._is_table_write(address) and emulate_table_write(self, address):
+            return
         vcpu.info.cr2 = address
         vcpu.context.ctrlreg[2] = address
         # The guest kernel runs at CPL 3 and must not see its own faults as a user's.
@@ -181,7 +199,7 @@ class Hypervisor:
             and PGT_L1 <= self.tables.ptype[mfn] <= PGT_L4
         )
 
-    # -- frames -----------------------------------------------------------------------------------------
+    # -- frames ---
 
     def bounce_trap(self, vector: int, error_code: int) -> None:
         """Enter the guest's handler of an exception (pv_inject_event)."""

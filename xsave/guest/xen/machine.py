@@ -69,13 +69,14 @@ def first_domain_frame(nr_frames: int) -> int:
 def create_files(directory: Path, nr_frames: int, seed: int) -> None:
     """Write `machine.mem` and `frames.tab` of a new machine with nothing in it."""
     if not MIN_FRAMES <= nr_frames <= MAX_FRAMES:
-        raise StorageError(
-            f"machine of {nr_frames} frames: expected {MIN_FRAMES} to {MAX_FRAMES}"
-        )
+        raise StorageError(f"machine of {nr_frames} frames: expected {MIN_FRAMES} to {MAX_FRAMES}")
     try:
         for name, size in (
             ("machine.mem", nr_frames * PAGE_SIZE),
-            ("frames.tab", _HEADER_BYTES + nr_frames * sum(np.dtype(t).itemsize for _, t in _COLUMNS)),
+            (
+                "frames.tab",
+                _HEADER_BYTES + nr_frames * sum(np.dtype(t).itemsize for _, t in _COLUMNS),
+            ),
         ):
             fd = os.open(directory / name, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
             os.ftruncate(fd, size)

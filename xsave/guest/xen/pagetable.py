@@ -63,11 +63,11 @@ class PageTables:
         self.domid = domid
         self.xen_l4_slots = xen_l4_slots  # slot -> PTE that Xen puts into every L4
         self.q = memoryview(machine.map).cast("Q")
-        self.owner = memoryview(machine.owner)
-        self.ptype = memoryview(machine.page_type)
-        self.count = memoryview(machine.type_count)
-        self.refs = memoryview(machine.refs)
-        self.pinned = memoryview(machine.pinned)
+        self.owner = memoryview(machine.owner.data)
+        self.ptype = memoryview(machine.page_type.data)
+        self.count = memoryview(machine.type_count.data)
+        self.refs = memoryview(machine.refs.data)
+        self.pinned = memoryview(machine.pinned.data)
         self.nr_frames = machine.nr_frames
         self.stale_tlb = False
 
@@ -75,7 +75,7 @@ class PageTables:
         """True if the guest may name this frame at all."""
         return mfn < self.nr_frames and self.owner[mfn] == self.domid and self.ptype[mfn] != PGT_XEN
 
-    # -- type references -------------------------------------------------------------------
+    # -- type references ---
 
     def get_type(self, mfn: int, want: int) -> int:
         """Take one reference of type `want`; validate the table if it is the first. 0 or -errno."""
@@ -194,7 +194,7 @@ class PageTables:
             row[((row >> np.uint64(47)) & np.uint64(1)) != 0] |= np.uint64(3 << 45)
         return 0
 
-    # -- single entries ----------------------------------------------------------------------
+    # -- single entries ---
 
     def _take(self, entry: int, level: int) -> int:
         """Take the references a present entry of a table of this level needs. 0 or -errno."""
@@ -255,7 +255,7 @@ class PageTables:
         self.put_type(table)
         return 0
 
-    # -- pins ----------------------------------------------------------------------------------
+    # -- pins ---
 
     def pin(self, mfn: int, level: int) -> int:
         """MMUEXT_PIN_Ln_TABLE. 0 or -errno."""
@@ -275,7 +275,7 @@ class PageTables:
         self.stale_tlb = True
         return 0
 
-    # -- the software walk ----------------------------------------------------------------------
+    # -- the software walk ---
 
     def walk(self, l4: int, address: int, write: bool = False) -> int:
         """Return the machine address a guest virtual address maps to, or -1."""

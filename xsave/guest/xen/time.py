@@ -51,6 +51,12 @@ class RealClock:
     def slice(self) -> None:
         """A slice of instructions ran to its end."""
 
+    def extend(self) -> None:
+        """A command lets the guest run on: real time does not wait for any."""
+
+    def jump(self, to_ns: int) -> None:
+        """The guest is idle until then: real time comes by itself."""
+
     def rdtsc(self) -> int:
         return self.now() * self.khz // 1_000_000
 

@@ -21,8 +21,16 @@ import ctypes
 import struct
 from typing import Protocol
 
-from unicorn import UC_ARCH_X86, UC_HOOK_INSN, UC_HOOK_INSN_INVALID, UC_HOOK_INTR, UC_MODE_64
-from unicorn import UC_PROT_ALL, Uc, UcError
+from unicorn import (
+    UC_ARCH_X86,
+    UC_HOOK_INSN,
+    UC_HOOK_INSN_INVALID,
+    UC_HOOK_INTR,
+    UC_MODE_64,
+    UC_PROT_ALL,
+    Uc,
+    UcError,
+)
 from unicorn import x86_const as x86
 from unicorn.unicorn_py3.arch.intel import HOOK_INSN_CPUID_CFUNC
 from unicorn.unicorn_py3.unicorn import uccallback, uclib
@@ -126,7 +134,7 @@ class Cpu:
         self._uc._Uc__do_hook_add(UC_HOOK_INSN, callback, 1, 0, ctypes.c_int(instruction))
         return callback
 
-    # -- bring-up ----------------------------------------------------------------------------
+    # -- bring-up ---
 
     def power_on(self, cr3: int, cr4: int, xcr0: int, fpu: bytes, gdt_base: int) -> None:
         """Load the FPU image at CPL 0, drop to CPL 3 and turn paging on.
@@ -171,7 +179,7 @@ class Cpu:
         if uc.reg_read(x86.UC_X86_REG_CS) != FLAT_RING3_CS64:
             raise EmulatorFault("the emulator did not reach CPL 3")
 
-    # -- running -----------------------------------------------------------------------------
+    # -- running ---
 
     def run(self, count: int = 0) -> None:
         """Run from the current rip until stop(); count > 0: exactly that many instructions."""
@@ -187,7 +195,7 @@ class Cpu:
         """End run(): exact from a hook; from another thread at the next block boundary."""
         uclib.uc_emu_stop(self._handle)
 
-    # -- what has no place in the direct view -------------------------------------------------
+    # -- what has no place in the direct view ---
 
     @property
     def rflags(self) -> int:
