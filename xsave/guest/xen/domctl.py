@@ -23,7 +23,13 @@ from typing import Any
 import numpy as np
 
 from xsave import errors
-from xsave.errors import ConnectionLost, GuestStateError, SuspendFailed, XsaveError
+from xsave.errors import (
+    ConnectionLost,
+    GuestStateError,
+    OutOfFrames,
+    SuspendFailed,
+    XsaveError,
+)
 from xsave.frames import TYPE_PIN
 from xsave.guest.xen.machine import Machine
 
@@ -127,23 +133,20 @@ def unpack_blobs(blob: bytes, nr: int) -> Iterator[bytes]:
 
 def error_message(error: XsaveError) -> dict[str, Any]:
     """An error as the wire carries it."""
-    return {
-        "error": type(error).__name__,
-        "message": str(error),
-        "stage": getattr(error, "stage", ""),
-    }
+    facts = {k: v for k, v in error.facts.items() if isinstance(v, str | int)}
+    return {"error": type(error).__name__, "message": str(error), "facts": facts}
 
 
 def raise_error(message: dict[str, Any]) -> None:
     """Raise the error of an answer, if it is one."""
     if "error" not in message:
         return
-    kind = getattr(errors, message["error"], GuestStateError)
-    if kind is SuspendFailed:
-        raise SuspendFailed(message["message"], stage=message["stage"])
-    if kind is errors.OutOfFrames or not issubclass(kind, XsaveError):
-        raise GuestStateError(message["message"])
-    raise kind(message["message"])
+    kind, facts = message["error"], message["facts"]
+    if kind == SuspendFailed.__name__:
+        raise SuspendFailed(message["message"], stage=facts["stage"])
+    if kind == OutOfFrames.__name__:
+        raise OutOfFrames(**facts)
+    raise getattr(errors, kind, GuestStateError)(message["message"])
 
 
 class Domctl:
