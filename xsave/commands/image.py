@@ -117,7 +117,12 @@ def encode(settings: Settings, file: str, output: str, as_json: bool) -> None:
 @image.command()
 @click.argument("source_file", metavar="IN")
 @click.argument("output", metavar="OUT")
-@click.option("--format", "target", type=click.Choice(["xl", "libxl", "libxc"]), default=None)
+@click.option(
+    "--format",
+    "target",
+    type=click.Choice(["xl", "libxl", "libxc"]),
+    help="The wrapping to write (default: that of IN).",
+)
 @click.option("--config", type=click.File("rb"), help="JSON for the xl header (else kept).")
 @click.option("--stream-version", type=click.Choice(["3"]), help="Make version 3 of version 2.")
 @click.option("--drop-tail", is_flag=True, help="Leave out what follows the end of the image.")
