@@ -67,7 +67,7 @@ def verify(settings: Settings, file: str, for_host: bool, as_json: bool) -> None
 
     with open_source(file) as source:
         head = _Head(source)
-        findings = verify_image(head.read)
+        findings = verify_image(head.read, source.zero_pages)
     missing = head.missing_features() if for_host else []
     _show_findings(findings, missing, as_json)
     nr_errors = sum(finding.severity == "error" for finding in findings)
