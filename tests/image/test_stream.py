@@ -281,3 +281,12 @@ def test_nbytes_of_buffers():
     """Zeros, arrays and bytes all say how long they are."""
     assert [nbytes(b) for b in (b"abc", np.zeros((2, 8), np.uint8), Zeros(5))] == [3, 16, 5]
     assert nbytes(memoryview(b"abcd")) == 4
+
+
+def test_a_record_in_front_of_the_libxc_stream():
+    """An optional record that nobody knows may even come in front of LIBXC_CONTEXT."""
+    data = image("libxl")
+    changed = data[:16] + frame(0x80000042, b"abc") + data[16:]
+    assert encoded(items(changed)) == changed
+    early = data[:16] + libxl.EmulatorContext(2, 0, b"").encode() + data[16:]
+    assert encoded(items(early, strict_order=False)) == early

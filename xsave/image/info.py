@@ -68,18 +68,33 @@ def summary(decoder: StreamDecoder) -> dict[str, Any]:
         tally.add(item, decoder.position - item.offset)
     image_bytes = decoder.position
     trailing_bytes, is_go = _count_tail(decoder)
-    assert decoder.image_header is not None
-    assert decoder.domain_header is not None
+    return {
+        **_headers(decoder),
+        **_contents(tally, is_pv=decoder.domain_header.type == libxc.TYPE_X86_PV),
+        "config": _config(tally.config),
+        "image_bytes": image_bytes,
+        "trailing_bytes": trailing_bytes,
+        "trailing": "go_message" if is_go else ("unknown" if trailing_bytes else None),
+    }
+
+
+def _headers(decoder: StreamDecoder) -> dict[str, Any]:
+    """Return what the headers say."""
     domain = decoder.domain_header
-    pfns, types = tally.types.result()
-    is_pv = domain.type == libxc.TYPE_X86_PV
-    last_pfn = int(pfns[-1]) if len(pfns) else None
     return {
         "format": decoder.format,
         "domain_type": libxc.DOMAIN_TYPES[domain.type],
         "xen_version": f"{domain.xen_major}.{domain.xen_minor}",
         "stream_version": decoder.image_header.version,
         "endianness": "little",
+    }
+
+
+def _contents(tally: _Tally, *, is_pv: bool) -> dict[str, Any]:
+    """Return what the records hold."""
+    pfns, types = tally.types.result()
+    last_pfn = int(pfns[-1]) if len(pfns) else None
+    return {
         "guest_width": tally.guest_width,
         "nr_vcpus": len(tally.vcpu_ids) if is_pv else None,
         "max_pfn": tally.end_pfn if is_pv else last_pfn,
@@ -90,10 +105,6 @@ def summary(decoder: StreamDecoder) -> dict[str, Any]:
             {"layer": layer, "type": name, "count": count, "bytes": nr_bytes}
             for (layer, name), (count, nr_bytes) in tally.records.items()
         ],
-        "config": _config(tally.config),
-        "image_bytes": image_bytes,
-        "trailing_bytes": trailing_bytes,
-        "trailing": "go_message" if is_go else ("unknown" if trailing_bytes else None),
     }
 
 

@@ -48,6 +48,7 @@ class Item:
 class StreamDecoder:
     """Iterate over the items of one image; `format` is set once the first one is there.
 
+    `image_header` and `domain_header` may be asked for once their items were yielded.
     Raises ImageError on anything the reference readers refuse. `strict_order=False` turns off the
     rules of order.py only (to look at a broken image).
     """
@@ -58,8 +59,8 @@ class StreamDecoder:
         self._items = self._image()
         self.position = 0
         self.format = ""
-        self.image_header: libxc.ImageHeader | None = None
-        self.domain_header: libxc.DomainHeader | None = None
+        self.image_header: libxc.ImageHeader
+        self.domain_header: libxc.DomainHeader
 
     def __iter__(self) -> Iterator[Item]:
         return self._items
@@ -117,10 +118,9 @@ class StreamDecoder:
                 context = self._libxc_stream()
             if isinstance(item.value, libxl.LibxcContext | libxl.CheckpointEnd) and context:
                 yield from self._libxc_part(context)
+                walk.guest_type = self.domain_header.type
             if isinstance(item.value, libxl.LibxlEnd):
                 return
-            if self.domain_header:
-                walk.guest_type = self.domain_header.type
 
     def _libxc_part(self, context: Iterator[Item]) -> Iterator[Item]:
         """Yield libxc items up to the next place where the libxl layer has its say."""
