@@ -188,6 +188,9 @@ SIF_MOD_START_PFN = 1 << 3
 SHUTDOWN_POWEROFF, SHUTDOWN_REBOOT, SHUTDOWN_SUSPEND, SHUTDOWN_CRASH = range(4)
 SHUTDOWN_NAMES = ("poweroff", "reboot", "suspend", "crash", "watchdog", "soft_reset")
 
+#: vCPUs whose vcpu_info has a place in shared_info.
+XEN_LEGACY_MAX_VCPUS = 32
+
 # The 32-bit vcpu_guest_context is carried and its size is checked; nothing runs it here.
 VCPU_CONTEXT_BYTES_64 = 5168
 VCPU_CONTEXT_BYTES_32 = 2800

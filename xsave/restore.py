@@ -27,6 +27,7 @@ from xsave.image.pages import PageBatch
 from xsave.image.stream import GO_MESSAGE, Item, StreamDecoder
 from xsave.placing import Memory
 from xsave.progress import Finished, Pages, Report, Stage, ignore
+from xsave.public import XEN_LEGACY_MAX_VCPUS
 from xsave.settling import settle_domain
 
 _AVX_STATE = 1 << 2
@@ -234,16 +235,11 @@ class Reader:
         if not name:
             raise UsageError("the image carries no name: give one with --name")
         self._rename(name, settings["name"])
-        if settings["vcpus"] > 1:
-            raise HostCannotTake(
-                f"the guest has {settings['vcpus']} vCPUs; guests with more than 1 are not "
-                "supported yet"
-            )
         self._domctl = self._make_domain(
             name + self._suffix, min(p2m_size, settings["pages"] or p2m_size)
         )
         self._domctl.begin(
-            nr_vcpus=1,
+            nr_vcpus=settings["vcpus"],
             max_pages=settings["pages"] or p2m_size,
             deterministic=settings["deterministic"] is not None,
             builtin=settings["builtin"],
@@ -269,7 +265,7 @@ class Reader:
         return {
             "name": name if isinstance(name, str) else "",
             "pages": pages // 4 if isinstance(pages, int) and 0 < pages < 1 << 40 else 0,
-            "vcpus": vcpus if isinstance(vcpus, int) else 1,
+            "vcpus": vcpus if isinstance(vcpus, int) else XEN_LEGACY_MAX_VCPUS,
             "deterministic": get("xsave", "deterministic"),
             "builtin": get("xsave", "guest") == "builtin",
         }
@@ -312,15 +308,13 @@ class Reader:
 
     def _check_vcpus(self, end: int) -> None:
         parts = self._parts
-        if 0 not in parts.vcpus or libxc.X86PvVcpuBasic.NAME not in parts.vcpus[0]:
-            raise ImageError("the image has no X86_PV_VCPU_BASIC record of vCPU 0", offset=end)
+        for vcpu_id in {0, *parts.vcpus}:
+            if libxc.X86PvVcpuBasic.NAME not in parts.vcpus.get(vcpu_id, {}):
+                raise ImageError(
+                    f"the image has no X86_PV_VCPU_BASIC record of vCPU {vcpu_id}", offset=end
+                )
         if parts.shared_info is None:
             raise ImageError("the image has no SHARED_INFO record", offset=end)
-        if len(parts.vcpus) > 1:
-            raise HostCannotTake(
-                f"the guest has {len(parts.vcpus)} vCPUs; guests with more than 1 are not "
-                "supported yet"
-            )
         xsave = parts.vcpus[0].get(libxc.X86PvVcpuXsave.NAME)
         if xsave and not parts.cpuid and self._cpu_mismatch != "allow":
             xcr0 = int.from_bytes(xsave.value.context[:8], "little")
@@ -334,7 +328,7 @@ class Reader:
         parts = self._parts
         return DomainState(
             never_run=True,
-            nr_vcpus=1,
+            nr_vcpus=len(parts.vcpus),
             max_pages=0,
             shared_info_mfn=0,
             tsc=parts.tsc,

@@ -46,15 +46,16 @@ class Settler:
     def run(self, state: DomainState) -> None:
         self._localise_tables()
         self._memory.give_back_pool()
-        context = self._context(self._parts.vcpus[0])
+        contexts = {vcpu_id: self._context(vcpu_id) for vcpu_id in sorted(self._parts.vcpus)}
         self._write_shared_info()
         self._write_p2m()
-        self._write_start_info(context.user_regs.rdx)
-        context.user_regs.rdx = self._mfn(context.user_regs.rdx)
-        context.user_regs.rax = 0
+        registers = contexts[0].user_regs
+        self._write_start_info(registers.rdx)
+        registers.rdx, registers.rax = self._mfn(registers.rdx), 0
         try:
             self._pin()
-            self._domctl.set_vcpu(self._vcpu_state(context))
+            for vcpu_id, context in contexts.items():
+                self._domctl.set_vcpu(self._vcpu_state(vcpu_id, context))
         except HostCannotTake as e:
             raise ImageError(f"the guest's state is inconsistent: {e}") from e
         self._domctl.set_state(state)
@@ -172,9 +173,9 @@ class Settler:
     def _basic(self, vcpu_id: int) -> Item:
         return self._parts.vcpus[vcpu_id][libxc.X86PvVcpuBasic.NAME]
 
-    def _context(self, records: dict[str, Item]) -> VcpuGuestContext:
+    def _context(self, vcpu_id: int) -> VcpuGuestContext:
         """Return the context with mfns in cr3, cr1 and the GDT frames."""
-        item = records[libxc.X86PvVcpuBasic.NAME]
+        item = self._basic(vcpu_id)
         context = VcpuGuestContext.from_buffer_copy(item.value.context)
         registers = context.ctrlreg
         registers[3] = self._root(registers[3] >> PAGE_SHIFT, "cr3", item) << PAGE_SHIFT
@@ -195,7 +196,7 @@ class Settler:
             context.gdt_frames[i] = self._mfn(context.gdt_frames[i])
         if not context.flags & _KERNEL_MODE:
             raise ImageError(
-                "vCPU 0 was not in its kernel", offset=item.offset, record=item.value.NAME
+                f"vCPU {vcpu_id} was not in its kernel", offset=item.offset, record=item.value.NAME
             )
         return context
 
@@ -212,13 +213,13 @@ class Settler:
             )
         return self._mfn(pfn)
 
-    def _vcpu_state(self, context: VcpuGuestContext) -> VcpuState:
+    def _vcpu_state(self, vcpu_id: int, context: VcpuGuestContext) -> VcpuState:
         def blob(record: str) -> bytes:
-            item = self._parts.vcpus[0].get(record)
+            item = self._parts.vcpus[vcpu_id].get(record)
             return bytes(item.value.context) if item else b""
 
         return VcpuState(
-            vcpu_id=0,
+            vcpu_id=vcpu_id,
             context=bytes(context),
             extended=blob(libxc.X86PvVcpuExtended.NAME),
             xsave=blob(libxc.X86PvVcpuXsave.NAME),

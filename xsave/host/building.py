@@ -12,23 +12,22 @@ import numpy as np
 
 from xsave.errors import GuestStateError, HostCannotTake, StorageError
 from xsave.guest.xen import elf
+from xsave.guest.xen.adopt import adopt_context
 from xsave.guest.xen.builder import build
 from xsave.guest.xen.cpuid import XEN_VERSION, CpuPolicy
 from xsave.guest.xen.domain import Domain
 from xsave.guest.xen.domctl import pack_blobs, unpack_blobs
 from xsave.guest.xen.hypercalls import table
 from xsave.guest.xen.hypervisor import Hypervisor
-from xsave.guest.xen.pagetable import PGT_L4
 from xsave.guest.xen.time import RealClock, VirtualClock
 from xsave.host import host as hosts
 from xsave.host.control import Client, Request
-from xsave.public import VCPU_CONTEXT_BYTES_64, VGCF_IN_KERNEL
+from xsave.public import XEN_LEGACY_MAX_VCPUS
 
 if TYPE_CHECKING:
     from xsave.host.process import DomainProcess
 
 Answer = tuple[dict[str, Any], bytes]
-_MAX_VCPUS_YET = 1
 _MAX_RAMDISK_BYTES = 1 << 30
 
 
@@ -56,8 +55,8 @@ class Building:
         if process.hypervisor is not None:
             raise GuestStateError("the domain exists already")
         nr_vcpus = int(arguments["nr_vcpus"])
-        if nr_vcpus != _MAX_VCPUS_YET:
-            raise HostCannotTake(f"guests with {nr_vcpus} vCPUs are not supported yet, only with 1")
+        if not 1 <= nr_vcpus <= XEN_LEGACY_MAX_VCPUS:
+            raise HostCannotTake(f"{nr_vcpus} vCPUs: expected 1 to {XEN_LEGACY_MAX_VCPUS}")
         self.builder = request.client
         clock = VirtualClock() if arguments.get("deterministic") else RealClock()
         process.builtin = bool(arguments.get("builtin"))
@@ -80,7 +79,7 @@ class Building:
         nodes = {
             "name": self._process.name,
             "domid": str(domain.domid),
-            "cpu/0/availability": "online",
+            **{f"cpu/{vcpu.id}/availability": "online" for vcpu in domain.vcpus},
             "memory/static-max": str(domain.max_pages * 4),
             "memory/target": str(domain.max_pages * 4),
             "device": "",
@@ -104,38 +103,20 @@ class Building:
         """XEN_DOMCTL_setvcpucontext: cr3, cr1 and gdt_frames are mfns and are validated here."""
         domain = self._unbuilt()
         context, extended, xsave, msrs = unpack_blobs(request.blob, 4)
-        vcpu = domain.vcpus[int(request.arguments["vcpu_id"])]
-        if len(context) != VCPU_CONTEXT_BYTES_64:
-            raise HostCannotTake("only 64-bit guests can run here")
-        vcpu.load_context(context)
-        if not vcpu.context.flags & VGCF_IN_KERNEL:
-            raise HostCannotTake(f"vCPU {vcpu.id} was saved outside its kernel")
+        vcpu_id = int(request.arguments["vcpu_id"])
+        if vcpu_id >= len(domain.vcpus):
+            raise HostCannotTake(f"vCPU {vcpu_id} of a domain with {len(domain.vcpus)}")
+        vcpu = domain.vcpus[vcpu_id]
+        if wrong := adopt_context(domain, vcpu, context):
+            raise HostCannotTake(wrong)
+        vcpu.initialised = vcpu.online = True
         if extended:
             vcpu.extended = type(vcpu.extended).from_buffer_copy(
                 extended.ljust(len(bytes(vcpu.extended)), b"\0")
             )
         vcpu.xsave, vcpu.msrs = xsave, msrs
         domain.vm_assist = vcpu.context.vm_assist
-        self._take_roots(domain, vcpu.context.ctrlreg)
-        self._take_gdt(domain, vcpu)
         return {}, b""
-
-    def _take_roots(self, domain: Domain, ctrlreg: Any) -> None:
-        ctrlreg[1] &= ~0xFFF
-        for register in (3, 1):
-            mfn = ctrlreg[register] >> 12
-            if (register == 3 or mfn) and domain.tables.get_type(mfn, PGT_L4):
-                raise HostCannotTake(
-                    f"cr{register} names frame {mfn:#x}, which is no valid level-4 page table"
-                )
-
-    def _take_gdt(self, domain: Domain, vcpu: Any) -> None:
-        entries = vcpu.context.gdt_ents
-        nr = -(-entries // 512)
-        frames = [vcpu.context.gdt_frames[i] for i in range(nr)]
-        vcpu.context.gdt_ents = 0
-        if entries > 14 * 512 or domain.set_gdt(vcpu, frames, entries):
-            raise HostCannotTake(f"vCPU {vcpu.id}: its GDT frames are no valid descriptor tables")
 
     def op_pin(self, request: Request) -> Answer:
         domain = self._unbuilt()
@@ -204,13 +185,12 @@ class Building:
         }, blob
 
     def op_getvcpus(self, _request: Request) -> Answer:
-        domain, hypervisor = self._process.domain, self._process.xen
+        domain = self._process.domain
+        self._process.xen.read_registers()
         ids, blobs = [], []
         for vcpu in domain.vcpus:
             if not vcpu.online:
                 continue
-            if hypervisor.powered:
-                vcpu.read_registers(hypervisor.cpu)
             vcpu.context.vm_assist = domain.vm_assist
             ids.append(vcpu.id)
             blobs += [bytes(vcpu.context), bytes(vcpu.extended), vcpu.xsave, vcpu.msrs]

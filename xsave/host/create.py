@@ -14,6 +14,7 @@ from xsave.guest.xen.time import DEFAULT_TSC_KHZ
 from xsave.host.host import Host
 from xsave.host.process import spawn
 from xsave.progress import Report, Stage, ignore
+from xsave.public import XEN_LEGACY_MAX_VCPUS
 
 BUILTIN_KERNEL = Path(__file__).parents[1] / "guest" / "kernel" / "xsave-guest.elf"
 MIN_MEMORY_BYTES = 4 << 20
@@ -40,8 +41,8 @@ def create(
 
     Raises NameTaken, HostCannotTake, OutOfFrames, StorageError, UsageError.
     """
-    _check(memory_bytes, vcpus)
     builtin = kernel is None
+    _check(memory_bytes, vcpus, builtin)
     path = str(BUILTIN_KERNEL if kernel is None else Path(kernel).absolute())
     for file in (path, ramdisk):
         if file is not None and not Path(file).is_file():
@@ -67,14 +68,16 @@ def create(
         return domctl.info()
 
 
-def _check(memory_bytes: int, vcpus: int) -> None:
+def _check(memory_bytes: int, vcpus: int, builtin: bool) -> None:
     if memory_bytes < MIN_MEMORY_BYTES or memory_bytes % PAGE_SIZE:
         raise UsageError(
             f"memory of {memory_bytes} bytes: expected whole pages, {MIN_MEMORY_BYTES >> 20} MiB "
             "or more"
         )
-    if vcpus != 1:
-        raise HostCannotTake(f"guests with {vcpus} vCPUs are not supported yet, only with 1")
+    if not 1 <= vcpus <= XEN_LEGACY_MAX_VCPUS:
+        raise UsageError(f"{vcpus} vCPUs: expected 1 to {XEN_LEGACY_MAX_VCPUS}")
+    if builtin and vcpus > 1:
+        raise HostCannotTake(f"the built-in guest has 1 vCPU, not {vcpus}: give a --kernel")
 
 
 def _settings(

@@ -22,6 +22,7 @@ import traceback
 from pathlib import Path
 
 from xsave.errors import ConnectionLost, GuestStateError, StorageError
+from xsave.guest.xen.context import Vcpu
 from xsave.guest.xen.domain import Domain
 from xsave.guest.xen.domctl import Domctl
 from xsave.guest.xen.hypervisor import Hypervisor
@@ -122,18 +123,22 @@ class DomainProcess:
             domain.serve_console()
             domain.serve_store()
             domain.run_timers(domain.clock.now())
-            if domain.vcpus[0].blocked and not self._unblock():
+            vcpu = self._next_vcpu()
+            if vcpu is None:
                 self._idle()
                 return
-            if not domain.clock.virtual:  # slices end by count there, whatever waits
+            hv.switch_to(vcpu)
+            # vCPUs that take turns, and virtual time, want slices that end by count, exactly.
+            counted = domain.clock.virtual or len(domain.vcpus) > 1
+            if not counted:
                 self._ticker.running.set()
-            hv.run(SLICE_INSTRUCTIONS if domain.clock.virtual else 0)
+            hv.run(SLICE_INSTRUCTIONS if counted else 0)
         except Exception as e:  # noqa: BLE001 - a bug of ours must not take the control socket down
             domain.crash(f"hypervisor: {type(e).__name__}: {e}")
             domain.console.put(traceback.format_exc().encode())
         finally:
             self._ticker.running.clear()
-        if domain.clock.virtual and not domain.vcpus[0].blocked:
+        if not hv.vcpu.blocked:
             domain.clock.slice()
         self.operations.after_run()
 
@@ -144,9 +149,18 @@ class DomainProcess:
         domain.start()
         self.xen.power_on()
 
-    def _unblock(self) -> bool:
+    def _next_vcpu(self) -> Vcpu | None:
+        """Return the next runnable vCPU after the one that ran last, round robin."""
+        vcpus = self.domain.vcpus
+        start = self.xen.vcpu.id + 1
+        for vcpu in vcpus[start:] + vcpus[:start]:
+            if vcpu.online and (not vcpu.blocked or self._unblock(vcpu)):
+                return vcpu
+        return None
+
+    def _unblock(self, vcpu: Vcpu) -> bool:
         """True if the blocked vCPU may run: an upcall, a polled port, a poll's end."""
-        vcpu, domain = self.domain.vcpus[0], self.domain
+        domain = self.domain
         polled = any(domain.events.is_pending(port) for port in vcpu.polling)
         late = vcpu.poll_deadline_ns is not None and vcpu.poll_deadline_ns <= domain.clock.now()
         upcall = vcpu.info.evtchn_upcall_pending and not vcpu.info.evtchn_upcall_mask
@@ -158,8 +172,8 @@ class DomainProcess:
     def _idle(self) -> None:
         """Nothing to run: wait for the next timer (or jump to it, in virtual time)."""
         domain = self.domain
-        vcpu = domain.vcpus[0]
-        times = [t for t in (vcpu.timer_ns, vcpu.poll_deadline_ns) if t is not None]
+        waiting = [t for v in domain.vcpus if v.online for t in (v.timer_ns, v.poll_deadline_ns)]
+        times = [t for t in waiting if t is not None]
         if domain.clock.virtual:
             domain.clock.jump(min(times, default=domain.clock.horizon_ns))
             return

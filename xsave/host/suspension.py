@@ -16,7 +16,6 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from xsave.errors import ConnectionLost, GuestStateError, SuspendFailed
-from xsave.guest.xen.cpuregs import RAX
 from xsave.guest.xen.domain import Domain
 from xsave.guest.xen.domctl import error_message, send_message
 from xsave.host.control import Client
@@ -148,6 +147,6 @@ class Suspension:
         self._holder, self._deadline, self.held = None, None, False
         domain = self._domain
         if domain.shutdown_reason == SHUTDOWN_SUSPEND:
-            self._process.xen.cpu.q[RAX] = 1
+            self._process.xen.set_result(1)
             domain.shutdown_reason = None
             domain.clock.extend()

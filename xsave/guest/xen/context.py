@@ -57,7 +57,8 @@ class Vcpu:
         self.xsave = b""
         self.msrs = b""
         self.in_kernel = True
-        self.online = vcpu_id == 0
+        self.initialised = self.online = vcpu_id == 0
+        self.fresh = vcpu_id != 0  # the context is newer than any state of the emulated CPU
         self.blocked = False
         self.polling: tuple[int, ...] = ()
         self.poll_deadline_ns: int | None = None
@@ -100,7 +101,7 @@ class Vcpu:
             i: (t.address, t.flags) for i, t in enumerate(self.context.trap_ctxt) if t.address
         }
         self.in_kernel = bool(self.context.flags & VGCF_IN_KERNEL)
-        self.online = True
+        self.fresh = self.id != 0
 
     # -- to and from the emulator ---
 

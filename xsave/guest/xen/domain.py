@@ -31,7 +31,6 @@ from xsave.guest.xen.time import RealClock, scale
 from xsave.guest.xen.xenstore import Connection, XenStore, service_ring
 from xsave.public import SHUTDOWN_CRASH, SharedInfo, VcpuInfo
 
-MAX_VCPUS = 32
 PERDOMAIN_VA = 0xFFFF_8080_0000_0000  # slot 257
 GDT_STRIDE = 0x10000
 RESERVED_GDT_PAGE = 14

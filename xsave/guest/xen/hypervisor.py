@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable
+from typing import Any
 
 from xsave.guest.xen import guestmem
 from xsave.guest.xen.context import RFLAGS_IF, RFLAGS_LIVE, Vcpu
@@ -63,15 +64,41 @@ class Hypervisor:
         self.kicked = False
         self.nr_crossings = 0
         self.powered = False
+        self._parked: dict[int, Any] = {}
         self.cpu: Cpu
         self.q: memoryview
 
     def power_on(self) -> None:
-        """Load vCPU 0 into a fresh emulated CPU."""
+        """Make the emulated CPU and load vCPU 0 into it."""
         self.cpu = Cpu(self.domain.machine, self.domain.scratch_mfn, self)
-        self.powered = True
         self.q = self.cpu.q
         self.vcpu.load_registers(self.cpu, self.domain.gdt_base(self.vcpu))
+        self.powered = True
+
+    def switch_to(self, vcpu: Vcpu) -> None:
+        """Let another vCPU have the emulated CPU: all vCPUs take turns on one."""
+        if vcpu is self.vcpu:
+            return
+        self._parked[self.vcpu.id] = self.cpu.park(self._parked.get(self.vcpu.id))
+        self.vcpu = vcpu
+        if vcpu.fresh:
+            vcpu.fresh = False
+            vcpu.load_registers(self.cpu, self.domain.gdt_base(vcpu))
+        else:
+            self.cpu.unpark(self._parked[vcpu.id], vcpu.cr3)
+
+    def read_registers(self) -> None:
+        """Copy the live registers of every vCPU that has run into its context."""
+        if self.powered:
+            for vcpu in self.domain.vcpus:
+                if vcpu.online and not vcpu.fresh:
+                    self.switch_to(vcpu)
+                    vcpu.read_registers(self.cpu)
+
+    def set_result(self, result: int) -> None:
+        """Change what the hypercall returns in which vCPU 0 suspended."""
+        self.switch_to(self.domain.vcpus[0])
+        self.q[RAX] = result
 
     def kick(self) -> None:
         """Make run() return at the next crossing."""

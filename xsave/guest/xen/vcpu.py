@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import ctypes
 import struct
-from typing import Protocol
+from typing import Any, Protocol
 
 from unicorn import (
     UC_ARCH_X86,
@@ -32,6 +32,7 @@ from unicorn import (
     UcError,
 )
 from unicorn import x86_const as x86
+from unicorn.unicorn_const import UC_CTL_IO_WRITE, UC_CTL_TLB_FLUSH
 from unicorn.unicorn_py3.arch.intel import HOOK_INSN_CPUID_CFUNC
 from unicorn.unicorn_py3.unicorn import uccallback, uclib
 
@@ -82,6 +83,7 @@ class Cpu:
         self._word = ctypes.c_uint64(0)
         self._word_ref = ctypes.byref(self._word)
         self._counted = False
+        self._reset = self._uc.context_save()  # CPL 0, paging off: where every vCPU starts
         self.handler = handler
         self._hook(handler)
 
@@ -142,6 +144,8 @@ class Cpu:
         fpu: a 512-byte FXSAVE area when xcr0 is 0, else an uncompressed XSAVE area.
         """
         uc = self._uc
+        uc.context_restore(self._reset)
+        uc.ctl(UC_CTL_TLB_FLUSH, UC_CTL_IO_WRITE)  # a cr3 write flushes with paging on only
         uc.reg_write(x86.UC_X86_REG_CR4, uc.reg_read(x86.UC_X86_REG_CR4) | _CR4_ALWAYS | cr4)
         if xcr0:
             self._run_stub(b"\x0f\x01\xd1", rax=xcr0)  # xsetbv
@@ -151,6 +155,19 @@ class Cpu:
         uc.reg_write(x86.UC_X86_REG_CR0, _CR0)
         uc.reg_write(x86.UC_X86_REG_GDTR, (0, gdt_base, 0xFFFF, 0))
 
+    def park(self, state: Any) -> Any:
+        """Return the whole CPU state; `state` is an older one to reuse, or None. Only good in
+        this process: what goes into an image are the registers by name."""
+        if state is None:
+            return self._uc.context_save()
+        self._uc.context_update(state)
+        return state
+
+    def unpark(self, state: Any, cr3: int) -> None:
+        """Load a parked CPU state; the cr3 write is the TLB flush that must come with it."""
+        self._uc.context_restore(state)
+        self.load_cr3(cr3)
+
     def _run_stub(self, code: bytes, **registers: int) -> None:
         base = self._scratch
         self.machine.map[base : base + len(code)] = code
@@ -158,6 +175,7 @@ class Cpu:
             value = registers.get(register, 0)
             self._uc.reg_write(getattr(x86, "UC_X86_REG_" + register.upper()), value)
         self._uc.ctl_flush_tb()
+        self._counted = False
         self._uc.emu_start(base, base + len(code))
 
     def _load_fpu(self, area: bytes, xcr0: int) -> None:

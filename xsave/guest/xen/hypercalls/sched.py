@@ -6,10 +6,11 @@ import ctypes
 import errno
 import struct
 
+from xsave.guest.xen.adopt import adopt_context
 from xsave.guest.xen.context import Vcpu
 from xsave.guest.xen.hypervisor import Hypervisor
 from xsave.guest.xen.pagetable import PGT_WRITABLE
-from xsave.public import SHUTDOWN_NAMES, VcpuInfo
+from xsave.public import SHUTDOWN_NAMES, VcpuGuestContext, VcpuInfo
 
 _YIELD, _BLOCK, _SHUTDOWN, _POLL = range(4)
 _POLL_LIMIT = 128
@@ -29,6 +30,7 @@ def sched_op(hv: Hypervisor, vcpu: Vcpu, command: int, argument: int, *_: int) -
             hv.cpu.stop()
         return 0
     if command == _YIELD:
+        hv.cpu.stop()
         return 0
     if command == _SHUTDOWN:
         (reason,) = struct.unpack("<I", hv.read(argument, 4))
@@ -66,6 +68,18 @@ def vcpu_op(hv: Hypervisor, vcpu: Vcpu, command: int, vcpu_id: int, argument: in
     if vcpu_id >= len(hv.domain.vcpus):
         return -errno.ENOENT
     target = hv.domain.vcpus[vcpu_id]
+    if command == _INITIALISE:
+        return _initialise(hv, target, argument)
+    if command == _UP:
+        if not target.initialised:
+            return -errno.EINVAL
+        target.online = True
+        return 0
+    if command == _DOWN:
+        target.online = False
+        if target is vcpu:
+            hv.cpu.stop()
+        return 0
     if command == _IS_UP:
         return int(target.online)
     if command == _STOP_PERIODIC:
@@ -84,6 +98,17 @@ def vcpu_op(hv: Hypervisor, vcpu: Vcpu, command: int, vcpu_id: int, argument: in
     if command == _REGISTER_VCPU_INFO:
         return _register_vcpu_info(hv, target, argument)
     return -errno.ENOSYS
+
+
+def _initialise(hv: Hypervisor, target: Vcpu, argument: int) -> int:
+    """VCPUOP_initialise: the context of a vCPU that was never up; `up` starts it."""
+    if target.initialised:
+        return -errno.EEXIST
+    blob = hv.read(argument, ctypes.sizeof(VcpuGuestContext))
+    if adopt_context(hv.domain, target, blob):
+        return -errno.EINVAL
+    target.initialised = True
+    return 0
 
 
 def _register_vcpu_info(hv: Hypervisor, target: Vcpu, argument: int) -> int:
