@@ -240,8 +240,9 @@ class Cpu:
             uc.reg_read(x86.UC_X86_REG_FPCW), uc.reg_read(x86.UC_X86_REG_FPSW), abridged,
         )  # fmt: skip
         struct.pack_into("<II", area, 24, uc.reg_read(x86.UC_X86_REG_MXCSR), 0xFFFF)
-        for i in range(8):
-            mantissa, exponent = uc.reg_read(x86.UC_X86_REG_FP0 + i)
+        top = uc.reg_read(x86.UC_X86_REG_FPSW) >> 11 & 7
+        for i in range(8):  # the area holds ST(i), the emulator names the physical registers
+            mantissa, exponent = uc.reg_read(x86.UC_X86_REG_FP0 + (top + i & 7))
             struct.pack_into("<QH", area, 32 + 16 * i, mantissa, exponent)
         for i in range(16):
             xmm = uc.reg_read(x86.UC_X86_REG_XMM0 + i)
