@@ -12,7 +12,8 @@ Facts that cost hours, and where they show here:
 * a syscall hook returns to rip + 2, an exception hook to the rip it left (`resume_at`);
 * `emu_start(until)` with an unmapped address leaves a hidden fault behind: 0 is used;
 * counted runs and free runs must not be mixed: a machine is one or the other for its life;
-* stores by the host into code are not noticed: `forget_code`.
+* stores by the host into code are not noticed: `forget_code` (ctl_remove_cache takes virtual
+  addresses of the moment, so it cannot be used for a frame).
 """
 
 from __future__ import annotations
@@ -82,6 +83,7 @@ class Cpu:
         self._word = ctypes.c_uint64(0)
         self._word_ref = ctypes.byref(self._word)
         self._counted = False
+        self._bringing_up = True
         self.handler = handler
         self._hook(handler)
 
@@ -99,10 +101,15 @@ class Cpu:
         uc, state = self._uc, self.state
 
         def on_exception(_uc: Uc, vector: int, _data: object) -> None:
-            handler.exception(vector, state.take_exception())
+            error_code = state.take_exception()
+            if self._bringing_up:  # CPL 0 and no paging yet: nothing of the guest's may run
+                raise EmulatorFault(f"exception {vector} while the vCPU's state was loaded")
+            handler.exception(vector, error_code)
 
         def on_invalid(_uc: Uc, _data: object) -> bool:
             state.take_exception()
+            if self._bringing_up:
+                raise EmulatorFault("invalid opcode while the vCPU's state was loaded")
             return handler.invalid_opcode()
 
         def on_cpuid(_uc: Uc, _data: object) -> int:
@@ -139,7 +146,8 @@ class Cpu:
     def power_on(self, cr3: int, cr4: int, xcr0: int, fpu: bytes, gdt_base: int) -> None:
         """Load the FPU image at CPL 0, drop to CPL 3 and turn paging on.
 
-        fpu: a 512-byte FXSAVE area when xcr0 is 0, else an uncompressed XSAVE area.
+        fpu: a 512-byte FXSAVE area when xcr0 is 0, else an uncompressed XSAVE area. Raises
+        EmulatorFault if the CPU refuses it.
         """
         uc = self._uc
         uc.reg_write(x86.UC_X86_REG_CR4, uc.reg_read(x86.UC_X86_REG_CR4) | _CR4_ALWAYS | cr4)
@@ -150,6 +158,7 @@ class Cpu:
         uc.reg_write(x86.UC_X86_REG_CR3, cr3)
         uc.reg_write(x86.UC_X86_REG_CR0, _CR0)
         uc.reg_write(x86.UC_X86_REG_GDTR, (0, gdt_base, 0xFFFF, 0))
+        self._bringing_up = False
 
     def _run_stub(self, code: bytes, **registers: int) -> None:
         base = self._scratch
@@ -249,6 +258,6 @@ class Cpu:
             area[160 + 16 * i : 176 + 16 * i] = xmm.to_bytes(16, "little")
         return bytes(area)
 
-    def forget_code(self, mfn: int) -> None:
-        """Drop translations of a frame the hypervisor wrote to by itself."""
-        self._uc.ctl_remove_cache(mfn << 12, (mfn + 1) << 12)
+    def forget_code(self) -> None:
+        """Drop all translations: the hypervisor wrote to guest memory that may hold code."""
+        self._uc.ctl_flush_tb()
