@@ -13,6 +13,7 @@ import numpy as np
 from xsave.errors import GuestStateError, HostCannotTake, StorageError
 from xsave.guest.xen import elf
 from xsave.guest.xen.builder import build
+from xsave.guest.xen.context import xsave_fault
 from xsave.guest.xen.cpuid import XEN_VERSION, CpuPolicy
 from xsave.guest.xen.domain import Domain
 from xsave.guest.xen.domctl import pack_blobs, unpack_blobs
@@ -107,6 +108,8 @@ class Building:
         vcpu = domain.vcpus[int(request.arguments["vcpu_id"])]
         if len(context) != VCPU_CONTEXT_BYTES_64:
             raise HostCannotTake("only 64-bit guests can run here")
+        if fault := xsave_fault(xsave):
+            raise HostCannotTake(f"vCPU {vcpu.id}'s XSAVE state: {fault}")
         vcpu.load_context(context)
         if not vcpu.context.flags & VGCF_IN_KERNEL:
             raise HostCannotTake(f"vCPU {vcpu.id} was saved outside its kernel")
