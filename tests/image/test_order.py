@@ -113,6 +113,8 @@ def test_libxl_needs_its_context():
     data = libxl.LibxlHeader().encode() + libxl.LibxlEnd().encode()
     with pytest.raises(ImageError, match="no LIBXC_CONTEXT in front of it"):
         names(data)
+    with pytest.raises(ImageError, match="no libxc stream in front of it"):
+        names(data, strict_order=False)
 
 
 def test_a_checkpointed_stream():

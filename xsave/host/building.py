@@ -14,6 +14,7 @@ from xsave.errors import GuestStateError, HostCannotTake, StorageError
 from xsave.guest.xen import elf
 from xsave.guest.xen.adopt import adopt_context
 from xsave.guest.xen.builder import build
+from xsave.guest.xen.context import xsave_fault
 from xsave.guest.xen.cpuid import XEN_VERSION, CpuPolicy
 from xsave.guest.xen.domain import Domain
 from xsave.guest.xen.domctl import pack_blobs, unpack_blobs
@@ -107,6 +108,8 @@ class Building:
         if vcpu_id >= len(domain.vcpus):
             raise HostCannotTake(f"vCPU {vcpu_id} of a domain with {len(domain.vcpus)}")
         vcpu = domain.vcpus[vcpu_id]
+        if fault := xsave_fault(xsave):
+            raise HostCannotTake(f"vCPU {vcpu.id}'s XSAVE state: {fault}")
         if wrong := adopt_context(domain, vcpu, context):
             raise HostCannotTake(wrong)
         vcpu.initialised = vcpu.online = True

@@ -48,7 +48,8 @@ class Item:
 class StreamDecoder:
     """Iterate over the items of one image; `format` is set once the first one is there.
 
-    `image_header` and `domain_header` may be asked for once their items were yielded.
+    `image_header` and `domain_header` may be asked for once their items were yielded; an image
+    that came to its end had both, with the rules of order or without.
     Raises ImageError on anything the reference readers refuse. `strict_order=False` turns off the
     rules of order.py only (to look at a broken image).
     """
@@ -113,6 +114,8 @@ class StreamDecoder:
         walk, context = order.libxl_walk(), None
         while True:
             item = self._record("libxl", walk)
+            if context is None and isinstance(item.value, libxl.LibxlEnd):
+                raise ImageError("no libxc stream in front of it", offset=item.offset, record="END")
             yield item
             if isinstance(item.value, libxl.LibxcContext):
                 context = self._libxc_stream()

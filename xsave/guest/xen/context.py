@@ -38,6 +38,32 @@ RFLAGS_LIVE = 0x240DD5
 _FXSAVE_DEFAULT = struct.pack("<HHB19xII", 0x37F, 0, 0, 0x1F80, 0xFFFF) + bytes(480)
 
 
+_XSAVE_PREFIX, _XSAVE_AREA_MIN = struct.Struct("<QQ"), 512 + 64
+#: x87, SSE, AVX: what an XCR0 of the emulated CPU can hold.
+XCR0_POSSIBLE = 7
+
+
+def xsave_fault(content: bytes) -> str:
+    """Say why this CPU would refuse an X86_PV_VCPU_XSAVE body; "" if it takes it.
+
+    Mirrors validate_xstate of xen/arch/x86/xstate.c; an empty body and Xen's own 16 bytes of
+    zeros mean "no state".
+    """
+    if not any(content) and len(content) in (0, _XSAVE_PREFIX.size):
+        return ""
+    if len(content) < _XSAVE_PREFIX.size + _XSAVE_AREA_MIN:
+        return f"{len(content)} bytes are no XSAVE area"
+    xcr0, accum = _XSAVE_PREFIX.unpack_from(content)
+    if not xcr0 & 1 or xcr0 & ~accum or xcr0 & 6 == 4:
+        return f"xcr0 {xcr0:#x} (accumulated {accum:#x}) is impossible"
+    if xcr0 & ~XCR0_POSSIBLE:
+        return f"xcr0 {xcr0:#x} has state components this CPU lacks"
+    present, compacted, *reserved = struct.unpack_from("<8Q", content, _XSAVE_PREFIX.size + 512)
+    if present & ~xcr0 or compacted or any(reserved):
+        return f"its header is impossible (xstate_bv {present:#x}, xcomp_bv {compacted:#x})"
+    return ""
+
+
 class Vcpu:
     """One vCPU of a domain. `in_kernel` says whether cr3 or cr1 is loaded."""
 

@@ -12,7 +12,8 @@ Facts that cost hours, and where they show here:
 * a syscall hook returns to rip + 2, an exception hook to the rip it left (`resume_at`);
 * `emu_start(until)` with an unmapped address leaves a hidden fault behind: 0 is used;
 * counted runs and free runs must not be mixed: a machine is one or the other for its life;
-* stores by the host into code are not noticed: `forget_code`.
+* stores by the host into code are not noticed: `forget_code` (ctl_remove_cache takes virtual
+  addresses of the moment, so it cannot be used for a frame).
 """
 
 from __future__ import annotations
@@ -84,6 +85,7 @@ class Cpu:
         self._word_ref = ctypes.byref(self._word)
         self._counted = False
         self._reset = self._uc.context_save()  # CPL 0, paging off: where every vCPU starts
+        self._bringing_up = True
         self.handler = handler
         self._hook(handler)
 
@@ -101,10 +103,15 @@ class Cpu:
         uc, state = self._uc, self.state
 
         def on_exception(_uc: Uc, vector: int, _data: object) -> None:
-            handler.exception(vector, state.take_exception())
+            error_code = state.take_exception()
+            if self._bringing_up:  # CPL 0 and no paging yet: nothing of the guest's may run
+                raise EmulatorFault(f"exception {vector} while the vCPU's state was loaded")
+            handler.exception(vector, error_code)
 
         def on_invalid(_uc: Uc, _data: object) -> bool:
             state.take_exception()
+            if self._bringing_up:
+                raise EmulatorFault("invalid opcode while the vCPU's state was loaded")
             return handler.invalid_opcode()
 
         def on_cpuid(_uc: Uc, _data: object) -> int:
@@ -141,9 +148,11 @@ class Cpu:
     def power_on(self, cr3: int, cr4: int, xcr0: int, fpu: bytes, gdt_base: int) -> None:
         """Load the FPU image at CPL 0, drop to CPL 3 and turn paging on.
 
-        fpu: a 512-byte FXSAVE area when xcr0 is 0, else an uncompressed XSAVE area.
+        fpu: a 512-byte FXSAVE area when xcr0 is 0, else an uncompressed XSAVE area. Raises
+        EmulatorFault if the CPU refuses it.
         """
         uc = self._uc
+        self._bringing_up = True
         uc.context_restore(self._reset)
         uc.ctl(UC_CTL_TLB_FLUSH, UC_CTL_IO_WRITE)  # a cr3 write flushes with paging on only
         uc.reg_write(x86.UC_X86_REG_CR4, uc.reg_read(x86.UC_X86_REG_CR4) | _CR4_ALWAYS | cr4)
@@ -154,6 +163,7 @@ class Cpu:
         uc.reg_write(x86.UC_X86_REG_CR3, cr3)
         uc.reg_write(x86.UC_X86_REG_CR0, _CR0)
         uc.reg_write(x86.UC_X86_REG_GDTR, (0, gdt_base, 0xFFFF, 0))
+        self._bringing_up = False
 
     def park(self, state: Any) -> Any:
         """Return the whole CPU state; `state` is an older one to reuse, or None. Only good in
@@ -258,14 +268,15 @@ class Cpu:
             uc.reg_read(x86.UC_X86_REG_FPCW), uc.reg_read(x86.UC_X86_REG_FPSW), abridged,
         )  # fmt: skip
         struct.pack_into("<II", area, 24, uc.reg_read(x86.UC_X86_REG_MXCSR), 0xFFFF)
-        for i in range(8):
-            mantissa, exponent = uc.reg_read(x86.UC_X86_REG_FP0 + i)
+        top = uc.reg_read(x86.UC_X86_REG_FPSW) >> 11 & 7
+        for i in range(8):  # the area holds ST(i), the emulator names the physical registers
+            mantissa, exponent = uc.reg_read(x86.UC_X86_REG_FP0 + (top + i & 7))
             struct.pack_into("<QH", area, 32 + 16 * i, mantissa, exponent)
         for i in range(16):
             xmm = uc.reg_read(x86.UC_X86_REG_XMM0 + i)
             area[160 + 16 * i : 176 + 16 * i] = xmm.to_bytes(16, "little")
         return bytes(area)
 
-    def forget_code(self, mfn: int) -> None:
-        """Drop translations of a frame the hypervisor wrote to by itself."""
-        self._uc.ctl_remove_cache(mfn << 12, (mfn + 1) << 12)
+    def forget_code(self) -> None:
+        """Drop all translations: the hypervisor wrote to guest memory that may hold code."""
+        self._uc.ctl_flush_tb()

@@ -147,7 +147,7 @@ def _fill_page(hv: Hypervisor, mfn: int, source: int | None) -> int:
         return rc
     machine.mem[mfn] = np.uint64(0) if source is None else machine.mem[source]
     tables.put_type(mfn)
-    hv.cpu.forget_code(mfn)
+    hv.cpu.forget_code()
     return 0
 
 
