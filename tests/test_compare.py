@@ -13,7 +13,7 @@ from xsave.frames import PageType
 from xsave.host.channel import open_sink, open_source
 from xsave.host.create import create
 from xsave.host.host import add_host
-from xsave.host.process import spawn
+from xsave.host.spawn import spawn
 from xsave.restore import restore
 from xsave.save import save
 

@@ -27,8 +27,8 @@ from xsave.guest.xen.domctl import DomainInfo, Domctl
 from xsave.host import handshake
 from xsave.host.channel import open_source
 from xsave.host.host import Host
-from xsave.host.process import spawn
 from xsave.host.sink import DescriptorSink
+from xsave.host.spawn import spawn
 from xsave.host.transport import Receiver
 from xsave.progress import Event, Finished, Report, Stage, ignore
 from xsave.restore import Source, restore

@@ -14,7 +14,6 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
@@ -25,6 +24,7 @@ from xsave.guest.xen.domctl import DomainInfo, DomainState, Domctl
 from xsave.image import libxc, xl
 from xsave.image.pages import PageBatch
 from xsave.image.stream import GO_MESSAGE, Item, StreamDecoder
+from xsave.parts import Parts
 from xsave.placing import Memory
 from xsave.progress import Finished, Pages, Report, Stage, ignore
 from xsave.public import XEN_LEGACY_MAX_VCPUS
@@ -45,22 +45,6 @@ class Source(Protocol):
 
     def read(self, n: int) -> memoryview: ...
     def zero_pages(self, offset: int, nr_pages: int) -> np.ndarray | None: ...
-
-
-@dataclass
-class Parts:
-    """The records of one image other than its pages, as they came, with their offsets."""
-
-    config: bytes = b""
-    xen_version: tuple[int, int] = (4, 17)
-    width: int = 0
-    cpuid: bytes = b""
-    msrs: bytes = b""
-    tsc: tuple[int, int, int, int] = (0, 0, 0, 0)
-    shared_info: bytes | None = None
-    p2m_frames: np.ndarray | None = None
-    p2m_offset: int = 0
-    vcpus: dict[int, dict[str, Item]] = field(default_factory=dict)
 
 
 def restore(

@@ -8,7 +8,6 @@ guest. Errors name the record's offset where one is to blame, else the pfn.
 from __future__ import annotations
 
 import ctypes
-from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -17,12 +16,10 @@ from xsave.errors import HostCannotTake, ImageError
 from xsave.frames import INVALID_P2M_ENTRY, PAGE_SHIFT, PAGE_SIZE, PTE_PSE, TYPE_PIN, PageType
 from xsave.guest.xen.domctl import DomainState, Domctl, VcpuState
 from xsave.image import libxc
+from xsave.image.stream import Item
+from xsave.parts import Parts
 from xsave.placing import Memory
 from xsave.public import SharedInfo, StartInfo, VcpuGuestContext
-
-if TYPE_CHECKING:
-    from xsave.image.stream import Item
-    from xsave.restore import Parts
 
 _INVALID = np.uint64(INVALID_P2M_ENTRY)
 _MAX_GDT_ENTRIES = 14 * 512

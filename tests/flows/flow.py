@@ -17,7 +17,7 @@ from xsave.frames import INVALID_M2P_ENTRY
 from xsave.guest.xen.machine import DOMID_FREE
 from xsave.host import create as host_create
 from xsave.host.channel import open_sink, open_source
-from xsave.host.process import spawn
+from xsave.host.spawn import spawn
 from xsave.restore import restore as restore_flow
 from xsave.save import save as save_flow
 

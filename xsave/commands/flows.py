@@ -114,7 +114,7 @@ def restore(
 
 def domain_maker(host: Host) -> Callable[[str, int], Domctl]:
     """Return what starts an empty domain of this host, given its name and pages."""
-    from xsave.host.process import spawn
+    from xsave.host.spawn import spawn
 
     def make(name: str, nr_pages: int) -> Domctl:
         host.check_room(nr_pages)

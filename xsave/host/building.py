@@ -6,7 +6,7 @@ The connection that sends `begin` holds the lease on the half-built domain until
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -17,16 +17,14 @@ from xsave.guest.xen.builder import build
 from xsave.guest.xen.context import xsave_fault
 from xsave.guest.xen.cpuid import XEN_VERSION, CpuPolicy
 from xsave.guest.xen.domain import Domain
-from xsave.guest.xen.domctl import pack_blobs, unpack_blobs
 from xsave.guest.xen.hypercalls import table
 from xsave.guest.xen.hypervisor import Hypervisor
 from xsave.guest.xen.time import RealClock, VirtualClock
-from xsave.host import host as hosts
+from xsave.guest.xen.wire import pack_blobs, unpack_blobs
 from xsave.host.control import Client, Request
+from xsave.host.registry import write_record
+from xsave.host.running import RunningDomain
 from xsave.public import XEN_LEGACY_MAX_VCPUS
-
-if TYPE_CHECKING:
-    from xsave.host.process import DomainProcess
 
 Answer = tuple[dict[str, Any], bytes]
 _MAX_RAMDISK_BYTES = 1 << 30
@@ -35,8 +33,8 @@ _MAX_RAMDISK_BYTES = 1 << 30
 class Building:
     """What the toolstack has told of the domain: kept for the next save."""
 
-    def __init__(self, process: DomainProcess) -> None:
-        self._process = process
+    def __init__(self, running: RunningDomain) -> None:
+        self._running = running
         self.builder: Client | None = None
         self.committed = False
         self.restored = False
@@ -49,28 +47,28 @@ class Building:
         """The domain, while it may still be built."""
         if self.committed:
             raise GuestStateError("the domain is not being built any more")
-        return self._process.domain
+        return self._running.domain
 
     def op_begin(self, request: Request) -> Answer:
-        arguments, process = request.arguments, self._process
-        if process.hypervisor is not None:
+        arguments, running = request.arguments, self._running
+        if running.hypervisor is not None:
             raise GuestStateError("the domain exists already")
         nr_vcpus = int(arguments["nr_vcpus"])
         if not 1 <= nr_vcpus <= XEN_LEGACY_MAX_VCPUS:
             raise HostCannotTake(f"{nr_vcpus} vCPUs: expected 1 to {XEN_LEGACY_MAX_VCPUS}")
         self.builder = request.client
         clock = VirtualClock() if arguments.get("deterministic") else RealClock()
-        process.builtin = bool(arguments.get("builtin"))
+        running.builtin = bool(arguments.get("builtin"))
         domain = Domain(
-            process.machine,
-            process.domid,
+            running.machine,
+            running.domid,
             nr_vcpus=nr_vcpus,
             max_pages=int(arguments["max_pages"]),
             clock=clock,
-            log_path=process.directory / "console.log",
+            log_path=running.directory / "console.log",
         )
-        domain.console.listeners.append(process.control.console_output)
-        process.hypervisor = Hypervisor(domain, table())
+        domain.console.listeners.append(running.control.console_output)
+        running.hypervisor = Hypervisor(domain, table())
         self._fill_store(domain)
         return {"shared_info_mfn": domain.shared_info_mfn}, b""
 
@@ -78,7 +76,7 @@ class Building:
         """The nodes a PV guest expects, as libxl writes them."""
         domain.store.introduce(domain.domid)
         nodes = {
-            "name": self._process.name,
+            "name": self._running.name,
             "domid": str(domain.domid),
             **{f"cpu/{vcpu.id}/availability": "online" for vcpu in domain.vcpus},
             "memory/static-max": str(domain.max_pages * 4),
@@ -162,13 +160,13 @@ class Building:
     def op_commit(self, _request: Request) -> Answer:
         self._unbuilt()
         self.committed = True
-        hosts.write_record(self._process.directory, name=self._process.name)
+        write_record(self._running.directory, name=self._running.name)
         return {}, b""
 
     # -- for a save ---
 
     def op_getstate(self, _request: Request) -> Answer:
-        domain = self._process.domain
+        domain = self._running.domain
         clock = domain.clock
         tsc = [domain.tsc["mode"], clock.khz, clock.now(), domain.tsc["incarnation"]]
         blob = pack_blobs(
@@ -188,8 +186,8 @@ class Building:
         }, blob
 
     def op_getvcpus(self, _request: Request) -> Answer:
-        domain = self._process.domain
-        self._process.xen.read_registers()
+        domain = self._running.domain
+        self._running.xen.read_registers()
         ids, blobs = [], []
         for vcpu in domain.vcpus:
             if not vcpu.online:

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from xsave.errors import ConnectionLost
-from xsave.guest.xen.domctl import receive_message
+from xsave.guest.xen.wire import receive_message
 
 _TICK_S = 0.002
 _CONSOLE_CHUNK = 4096
@@ -49,9 +49,9 @@ class Request:
 class Control:
     """Runs `serve` in a thread; the vCPU thread takes requests with `next_request`."""
 
-    def __init__(self, listener: socket.socket, type_console: Callable[[bytes], None]) -> None:
+    def __init__(self, listener: socket.socket) -> None:
         self._listener = listener
-        self._type_console = type_console
+        self.on_input: Callable[[bytes], None] = lambda data: None
         self._selector = selectors.DefaultSelector()
         self._requests: deque[Request] = deque()
         self._clients: list[Client] = []
@@ -148,7 +148,7 @@ class Control:
         except OSError:
             data = b""
         if data:
-            self._type_console(data)
+            self.on_input(data)
             self.wake()
         else:
             self._drop(client)

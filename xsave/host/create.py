@@ -12,7 +12,7 @@ from xsave.guest.xen.cpuid import XEN_VERSION, CpuPolicy
 from xsave.guest.xen.domctl import DomainInfo, DomainState
 from xsave.guest.xen.time import DEFAULT_TSC_KHZ
 from xsave.host.host import Host
-from xsave.host.process import spawn
+from xsave.host.spawn import spawn
 from xsave.progress import Report, Stage, ignore
 from xsave.public import XEN_LEGACY_MAX_VCPUS
 

@@ -1,8 +1,6 @@
 """Hosts: a name with a machine, and the domains that run on it.
 
-Every domain has a directory domains/DOMID with domain.json (name, pid), its control socket, its
-console log and the file `alive`, on which its process holds a lock for life. So a dead process
-is known by asking the kernel, and the next command takes its frames back (`reap`).
+The frames of a domain whose process is dead are taken back by the next command (`reap`).
 """
 
 from __future__ import annotations
@@ -13,10 +11,8 @@ import json
 import os
 import re
 import shutil
-import socket
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -34,6 +30,7 @@ from xsave.guest.xen import machine as xen_machine
 from xsave.guest.xen.domctl import DomainInfo, Domctl
 from xsave.guest.xen.machine import Machine
 from xsave.host import paths
+from xsave.host.registry import DomainRecord, alive, connect_socket, write_record
 
 DEFAULT_HOST = "localhost"
 DEFAULT_MEMORY_BYTES = 8 << 30
@@ -110,16 +107,6 @@ def remove_host(name: str) -> None:
         shutil.rmtree(host.directory)
 
 
-@dataclass(frozen=True)
-class DomainRecord:
-    """domains/DOMID/domain.json: the name under which a domain can be found."""
-
-    name: str
-    domid: int
-    directory: Path
-    building: bool
-
-
 class Host:
     """One local host. The machine is mapped when first looked at."""
 
@@ -174,7 +161,7 @@ class Host:
     def reap(self) -> None:
         """Take back the frames of domains whose process is dead. Under the registry lock."""
         for directory in list((self.directory / "domains").iterdir()):
-            if not directory.name.isdigit() or _alive(directory):
+            if not directory.name.isdigit() or alive(directory):
                 continue
             self.machine.free_domain(int(directory.name))
             shutil.rmtree(directory, ignore_errors=True)
@@ -183,7 +170,7 @@ class Host:
         """Reap, after waiting a moment for domains that are on their way out."""
         deadline = time.monotonic() + _DYING_WAIT_S
         while time.monotonic() < deadline and any(
-            (d / "dying").exists() and _alive(d) for d in (self.directory / "domains").iterdir()
+            (d / "dying").exists() and alive(d) for d in (self.directory / "domains").iterdir()
         ):
             time.sleep(0.002)
         with self.registry_lock():
@@ -202,10 +189,10 @@ class Host:
             domid = self._next_domid()
             directory = self.directory / "domains" / str(domid)
             directory.mkdir(mode=0o700)
-            alive = os.open(directory / "alive", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-            fcntl.flock(alive, fcntl.LOCK_EX)
+            lock = os.open(directory / "alive", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            fcntl.flock(lock, fcntl.LOCK_EX)
             write_record(directory, name=name, building=True)
-        return domid, directory, alive
+        return domid, directory, lock
 
     def _next_domid(self) -> int:
         """Count up, as Xen does; domids are not used again soon. Under the registry lock."""
@@ -285,47 +272,3 @@ class Host:
             "nr_domains": len(self.records()),
             "directory": str(self.directory),
         }
-
-
-def _alive(directory: Path) -> bool:
-    """True while some process holds the domain's `alive` lock."""
-    try:
-        fd = os.open(directory / "alive", os.O_RDWR | os.O_CLOEXEC)
-    except OSError:
-        return False
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return True
-    finally:
-        os.close(fd)
-    return False
-
-
-def write_record(directory: Path, **record: Any) -> None:
-    """Write domain.json, atomically."""
-    making = directory / ".domain.json"
-    making.write_text(json.dumps(record))
-    making.rename(directory / "domain.json")
-
-
-@contextlib.contextmanager
-def socket_address(directory: Path) -> Iterator[str]:
-    """The control socket's address, short enough for any directory (sun_path holds 108 bytes)."""
-    fd = os.open(directory, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        yield f"/proc/self/fd/{fd}/ctl"
-    finally:
-        os.close(fd)
-
-
-def connect_socket(directory: Path) -> socket.socket:
-    """Connect to a domain process. Raises ConnectionLost."""
-    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    try:
-        with socket_address(directory) as address:
-            sock.connect(address)
-    except OSError as e:
-        sock.close()
-        raise ConnectionLost(f"the domain's process does not answer: {e.strerror}") from e
-    return sock

@@ -10,19 +10,18 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from xsave.errors import ConnectionLost, GuestStateError, NameTaken, UsageError, XsaveError
 from xsave.guest.xen.domain import Domain
-from xsave.guest.xen.domctl import error_message, send_message
+from xsave.guest.xen.wire import error_message, send_message
 from xsave.host import host as hosts
 from xsave.host.building import Building
 from xsave.host.control import Client, Request
+from xsave.host.registry import write_record
+from xsave.host.running import RunningDomain
 from xsave.host.suspension import Suspension
 from xsave.public import SHUTDOWN_CRASH, SHUTDOWN_SUSPEND
-
-if TYPE_CHECKING:
-    from xsave.host.process import DomainProcess
 
 #: How long a fresh process waits for the command that started it to say what to build.
 _BUILDER_TIMEOUT_S = 30.0
@@ -34,46 +33,45 @@ Answer = tuple[dict[str, Any], bytes]
 
 
 class Operations:
-    """The requests of one domain process. `paused`: xl pause, and every domain at first."""
+    """The requests of one domain process."""
 
-    def __init__(self, process: DomainProcess) -> None:
-        self._process = process
-        self.paused = True
-        self._building = Building(process)
-        self._suspension = Suspension(process)
+    def __init__(self, running: RunningDomain) -> None:
+        self._running = running
+        self._building = Building(running)
+        self._suspension = Suspension(running, self.after_run)
         self._give_up = time.monotonic() + _BUILDER_TIMEOUT_S
 
     @property
     def _domain(self) -> Domain:
-        return self._process.domain
+        return self._running.domain
 
     # -- the loop's side ---
 
     def deadline_s(self) -> float | None:
         """Seconds until something is given up that did not come, None if nothing is awaited."""
-        if self._process.hypervisor is None:
+        if not self._running.built:
             return max(self._give_up - time.monotonic(), 0.0)
         return self._suspension.deadline_s()
 
     def serve(self) -> None:
         """Do all that is queued."""
         later: list[Request] = []
-        while request := self._process.control.next_request():
+        while request := self._running.control.next_request():
             if request.op in _AT_HORIZON and self._must_wait():
                 later.append(request)
             else:
                 self._serve_one(request)
-        self._process.control.put_back(later)
-        if self._process.hypervisor is not None:
+        self._running.control.put_back(later)
+        if self._running.built:
             self._suspension.check()
         elif self.deadline_s() == 0.0:
-            self._process.finished = True
+            self._running.finished = True
 
     def _must_wait(self) -> bool:
-        if self._process.hypervisor is None or self.paused:
+        if not self._running.built or self._running.paused:
             return False
         domain = self._domain
-        moving = domain.shutdown_reason is None and not self._process.holding()
+        moving = domain.shutdown_reason is None and not self._running.holding()
         return domain.clock.virtual and moving
 
     def _serve_one(self, request: Request) -> None:
@@ -101,8 +99,8 @@ class Operations:
 
     def _closed(self, client: Client) -> None:
         if not self._building.committed and self._building.builder in (None, client):
-            self._process.finished = True
-        elif self._process.hypervisor is not None:
+            self._running.finished = True
+        elif self._running.built:
             self._suspension.closed(client)
 
     def after_run(self) -> None:
@@ -114,13 +112,13 @@ class Operations:
             if not self._suspension.held:  # a late suspend, nobody waits any more
                 self._suspension.resume()
         elif reason != SHUTDOWN_CRASH:
-            self._process.finished = True  # on_poweroff and on_reboot are "destroy"
+            self._running.finished = True  # on_poweroff and on_reboot are "destroy"
 
     # -- suspend ---
 
     def op_suspend(self, request: Request) -> Answer | None:
         at_once = self._suspension.request(
-            request.client, paused=self.paused, restored=self._building.restored
+            request.client, paused=self._running.paused, restored=self._building.restored
         )
         return ({}, b"") if at_once else None
 
@@ -129,7 +127,7 @@ class Operations:
         return {}, b""
 
     def op_resume(self, request: Request) -> Answer:
-        self.paused = self.paused or bool(request.arguments.get("paused"))
+        self._running.paused = self._running.paused or bool(request.arguments.get("paused"))
         self._suspension.resume()
         return {}, b""
 
@@ -146,12 +144,12 @@ class Operations:
     def _state(self, domain: Domain) -> str:
         reason = domain.shutdown_reason
         if reason is None:
-            return "paused" if self.paused else "running"
+            return "paused" if self._running.paused else "running"
         named = {SHUTDOWN_SUSPEND: "suspended", SHUTDOWN_CRASH: "crashed"}
         return named.get(reason, "shutdown")
 
     def op_pause(self, _request: Request) -> Answer:
-        self.paused = True
+        self._running.paused = True
         return {}, b""
 
     def op_unpause(self, _request: Request) -> Answer:
@@ -163,7 +161,7 @@ class Operations:
         if not self._building.committed:
             raise GuestStateError("the domain is not complete")
         self._suspension.resume()
-        self.paused = False
+        self._running.paused = False
         domain.clock.extend()
         return {}, b""
 
@@ -177,9 +175,9 @@ class Operations:
         return {}, b""
 
     def op_destroy(self, _request: Request) -> Answer:
-        self._process.finished = True
+        self._running.finished = True
         with contextlib.suppress(OSError):
-            (self._process.directory / "dying").touch()
+            (self._running.directory / "dying").touch()
         return {}, b""
 
     def op_console(self, request: Request) -> None:
@@ -190,13 +188,13 @@ class Operations:
 
     def op_rename(self, request: Request) -> Answer:
         name = str(request.arguments["name"])
-        host = hosts.Host(self._process.machine.directory)
+        host = hosts.Host(self._running.machine.directory)
         with host.registry_lock():
             if any(r.name == name for r in host.records()):
                 raise NameTaken(f"a domain named {name} exists already on host {host.name}")
-            self._process.name = name
+            self._running.name = name
             building = not self._building.committed
-            hosts.write_record(self._process.directory, name=name, building=building)
+            write_record(self._running.directory, name=name, building=building)
         domain = self._domain
         domain.store.write(f"{domain.home}/name", name)
         return {}, b""

@@ -9,27 +9,20 @@ between two runs of the guest (operations.py), at once when it blocks.
 
 from __future__ import annotations
 
-import contextlib
 import faulthandler
-import os
 import select
-import shutil
 import signal
 import socket
-import subprocess
 import sys
 import traceback
 from pathlib import Path
 
-from xsave.errors import ConnectionLost, GuestStateError, StorageError
 from xsave.guest.xen.context import Vcpu
 from xsave.guest.xen.domain import Domain
-from xsave.guest.xen.domctl import Domctl
-from xsave.guest.xen.hypervisor import Hypervisor
-from xsave.guest.xen.machine import Machine
 from xsave.host import host as hosts
 from xsave.host.control import Control, Ticker
 from xsave.host.operations import Operations
+from xsave.host.running import RunningDomain
 
 #: Instructions per slice of a deterministic guest.
 SLICE_INSTRUCTIONS = 100_000
@@ -41,82 +34,64 @@ _NS_PER_S = 1_000_000_000
 
 
 class DomainProcess:
-    """The loop of one domain. `domain` and `hypervisor` exist after the `begin` request."""
+    """The loop of one domain."""
 
-    def __init__(self, directory: Path, machine: Machine, domid: int, name: str,
-                 listener: socket.socket) -> None:  # fmt: skip
-        self.directory = directory
-        self.machine = machine
-        self.domid = domid
-        self.name = name
-        self.hypervisor: Hypervisor | None = None
-        self.builtin = False
-        self.finished = False
-        self.control = Control(listener, self._type)
-        self.operations = Operations(self)
+    def __init__(self, running: RunningDomain) -> None:
+        self.running = running
+        self._control = running.control
+        self._control.on_input = self._type
+        self._operations = Operations(running)
         self._ticker = Ticker(GRACE_BUILTIN_S, self._crossings, self._due, self._stop)
 
     @property
-    def domain(self) -> Domain:
-        """The domain. Raises GuestStateError before `begin`."""
-        return self.xen.domain
-
-    @property
-    def xen(self) -> Hypervisor:
-        if self.hypervisor is None:
-            raise GuestStateError("the domain is not built yet")
-        return self.hypervisor
+    def _domain(self) -> Domain:
+        return self.running.domain
 
     # -- called by other threads ---
 
     def _type(self, data: bytes) -> None:
-        if self.hypervisor is not None:
-            self.domain.console.type(data)
+        if self.running.built:
+            self._domain.console.type(data)
 
     def _crossings(self) -> int:
-        return self.hypervisor.nr_crossings if self.hypervisor else 0
+        return self.running.xen.nr_crossings if self.running.built else 0
 
     def _due(self) -> bool:
-        if self.control.has_requests():
+        if self._control.has_requests():
             return True
-        domain = self.domain
+        domain = self._domain
         now = domain.clock.now()
         return any(v.timer_ns is not None and v.timer_ns <= now for v in domain.vcpus)
 
     def _stop(self) -> None:
-        if self.xen.powered:
-            self.xen.cpu.stop()
+        if self.running.xen.powered:
+            self.running.xen.cpu.stop()
 
     # -- the loop ---
 
     def serve(self) -> None:
         """Run until the domain is destroyed."""
-        self.control.start()
+        self._control.start()
         self._ticker.start()
-        while not self.finished:
-            self.operations.serve()
-            if self.finished:
+        while not self.running.finished:
+            self._operations.serve()
+            if self.running.finished:
                 break
             if not self._runnable():
-                self._wait(self.operations.deadline_s())
+                self._wait(self._operations.deadline_s())
             else:
                 self._run_guest()
 
     def _runnable(self) -> bool:
         return (
-            self.hypervisor is not None
-            and not self.operations.paused
-            and self.domain.shutdown_reason is None
-            and not self.holding()
+            self.running.built
+            and not self.running.paused
+            and self._domain.shutdown_reason is None
+            and not self.running.holding()
         )
 
-    def holding(self) -> bool:
-        """True if a deterministic guest reached its horizon: nothing moves without a command."""
-        clock = self.domain.clock
-        return clock.virtual and clock.now() >= clock.horizon_ns
-
     def _run_guest(self) -> None:
-        domain, hv = self.domain, self.xen
+        domain, hv = self._domain, self.running.xen
         try:
             if not hv.powered:
                 self._first_run()
@@ -140,19 +115,19 @@ class DomainProcess:
             self._ticker.running.clear()
         if not hv.vcpu.blocked:
             domain.clock.slice()
-        self.operations.after_run()
+        self._operations.after_run()
 
     def _first_run(self) -> None:
         """The first unpause: from here on the clocks run and the state is the guest's."""
-        domain = self.domain
-        self._ticker.grace_s = GRACE_BUILTIN_S if self.builtin else GRACE_FOREIGN_S
+        domain = self._domain
+        self._ticker.grace_s = GRACE_BUILTIN_S if self.running.builtin else GRACE_FOREIGN_S
         domain.start()
-        self.xen.power_on()
+        self.running.xen.power_on()
 
     def _next_vcpu(self) -> Vcpu | None:
         """Return the next runnable vCPU after the one that ran last, round robin."""
-        vcpus = self.domain.vcpus
-        start = self.xen.vcpu.id + 1
+        vcpus = self._domain.vcpus
+        start = self.running.xen.vcpu.id + 1
         for vcpu in vcpus[start:] + vcpus[:start]:
             if vcpu.online and (not vcpu.blocked or self._unblock(vcpu)):
                 return vcpu
@@ -160,7 +135,7 @@ class DomainProcess:
 
     def _unblock(self, vcpu: Vcpu) -> bool:
         """True if the blocked vCPU may run: an upcall, a polled port, a poll's end."""
-        domain = self.domain
+        domain = self._domain
         polled = any(domain.events.is_pending(port) for port in vcpu.polling)
         late = vcpu.poll_deadline_ns is not None and vcpu.poll_deadline_ns <= domain.clock.now()
         upcall = vcpu.info.evtchn_upcall_pending and not vcpu.info.evtchn_upcall_mask
@@ -171,30 +146,21 @@ class DomainProcess:
 
     def _idle(self) -> None:
         """Nothing to run: wait for the next timer (or jump to it, in virtual time)."""
-        domain = self.domain
+        domain = self._domain
         waiting = [t for v in domain.vcpus if v.online for t in (v.timer_ns, v.poll_deadline_ns)]
         times = [t for t in waiting if t is not None]
         if domain.clock.virtual:
             domain.clock.jump(min(times, default=domain.clock.horizon_ns))
             return
         wait = (min(times) - domain.clock.now()) / _NS_PER_S if times else None
-        deadline = self.operations.deadline_s()
+        deadline = self._operations.deadline_s()
         waits = [w for w in (wait, deadline) if w is not None]
         self._wait(max(min(waits), 0.0) if waits else None)
 
     def _wait(self, seconds: float | None) -> None:
-        if not self.control.has_requests():
-            select.select([self.control.wake_fd], [], [], seconds)
-        self.control.clear_wake()
-
-    # -- the end ---
-
-    def remove(self) -> None:
-        """Free the frames and forget the domain; `dying` lets the next command wait for it."""
-        with contextlib.suppress(OSError):
-            (self.directory / "dying").touch()
-        self.machine.free_domain(self.domid)
-        shutil.rmtree(self.directory, ignore_errors=True)
+        if not self._control.has_requests():
+            select.select([self._control.wake_fd], [], [], seconds)
+        self._control.clear_wake()
 
 
 def main(arguments: list[str]) -> None:
@@ -206,52 +172,11 @@ def main(arguments: list[str]) -> None:
     listener.set_inheritable(False)
     host = hosts.Host(Path(host_directory))
     directory = host.directory / "domains" / domid
-    process = DomainProcess(directory, host.machine, int(domid), name, listener)
+    running = RunningDomain(directory, host.machine, int(domid), name, Control(listener))
     try:
-        process.serve()
+        DomainProcess(running).serve()
     finally:
-        process.remove()
-
-
-def spawn(host: hosts.Host, name: str) -> Domctl:
-    """Register a domain and start its process; return the connection that builds it.
-
-    Raises NameTaken, StorageError. Closing the connection before commit() undoes everything.
-    """
-    domid, directory, alive = host.register(name)
-    try:
-        with hosts.socket_address(directory) as address:
-            listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-            listener.bind(address)
-            listener.listen(16)
-        with (directory / "process.log").open("wb") as log:
-            subprocess.Popen(
-                [
-                    sys.executable, "-m", __name__, str(host.directory), str(domid), name,
-                    str(listener.fileno()), str(alive),
-                ],
-                stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd="/",
-                start_new_session=True, pass_fds=(listener.fileno(), alive),
-                env=_environment(),
-            )  # fmt: skip
-        sock = hosts.connect_socket(directory)
-        listener.close()
-        return Domctl(host.machine, domid, name, sock)
-    except (OSError, ConnectionLost) as e:
-        host.forget(domid, directory)
-        raise StorageError(f"cannot start the domain's process: {e}") from e
-    finally:
-        os.close(alive)
-
-
-def _environment() -> dict[str, str]:
-    """Let the child find this very package, installed or not; one thread per numpy is enough."""
-    root = str(Path(__file__).resolve().parents[2])
-    path = os.environ.get("PYTHONPATH", "")
-    return os.environ | {
-        "PYTHONPATH": f"{root}:{path}" if path else root,
-        "OPENBLAS_NUM_THREADS": "1",
-    }
+        running.remove()
 
 
 if __name__ == "__main__":

@@ -13,16 +13,15 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import Any
 
 from xsave.errors import ConnectionLost, GuestStateError, SuspendFailed
 from xsave.guest.xen.domain import Domain
-from xsave.guest.xen.domctl import error_message, send_message
+from xsave.guest.xen.wire import error_message, send_message
 from xsave.host.control import Client
+from xsave.host.running import RunningDomain
 from xsave.public import SHUTDOWN_NAMES, SHUTDOWN_SUSPEND
-
-if TYPE_CHECKING:
-    from xsave.host.process import DomainProcess
 
 #: How long the guest may take to acknowledge, and then to suspend (libxl: 60 s each).
 SUSPEND_TIMEOUT_S = float(os.environ.get("XSAVE_SUSPEND_TIMEOUT") or 60)
@@ -31,8 +30,10 @@ SUSPEND_TIMEOUT_S = float(os.environ.get("XSAVE_SUSPEND_TIMEOUT") or 60)
 class Suspension:
     """Who asked the guest to suspend, and how far it is."""
 
-    def __init__(self, process: DomainProcess) -> None:
-        self._process = process
+    def __init__(self, running: RunningDomain, released: Callable[[], None]) -> None:
+        """released() is called when the lease ends without an answer of its holder."""
+        self._running = running
+        self._released = released
         self._holder: Client | None = None
         self._stage = ""
         self._deadline: float | None = None
@@ -45,7 +46,7 @@ class Suspension:
 
     @property
     def _domain(self) -> Domain:
-        return self._process.domain
+        return self._running.domain
 
     @property
     def _node(self) -> str:
@@ -100,7 +101,7 @@ class Suspension:
             self._reply(holder, {"event": "acknowledged"})
             self._stage = "suspend"
             self._deadline = time.monotonic() + SUSPEND_TIMEOUT_S
-        elif self.deadline_s() == 0.0 or self._process.holding():
+        elif self.deadline_s() == 0.0 or self._running.holding():
             self._late(holder)
 
     def _acknowledged(self) -> bool:
@@ -120,7 +121,7 @@ class Suspension:
     def _fail(self, holder: Client, message: str) -> None:
         self._holder, self._deadline = None, None
         self._reply(holder, error_message(SuspendFailed(message, stage=self._stage)))
-        self._process.operations.after_run()
+        self._released()
 
     def _reply(self, client: Client, message: dict[str, Any]) -> None:
         with contextlib.suppress(ConnectionLost):
@@ -132,7 +133,7 @@ class Suspension:
             return
         self._holder, self._deadline = None, None
         if self._domain.shutdown_reason is not None:
-            self._process.operations.after_run()
+            self._released()
         elif not self._domain.never_run:
             self._withdraw()
 
@@ -147,6 +148,6 @@ class Suspension:
         self._holder, self._deadline, self.held = None, None, False
         domain = self._domain
         if domain.shutdown_reason == SHUTDOWN_SUSPEND:
-            self._process.xen.set_result(1)
+            self._running.xen.set_result(1)
             domain.shutdown_reason = None
             domain.clock.extend()

@@ -5,36 +5,30 @@ never crosses the socket: frames, page types and the m2p are read in place throu
 machine, as libxc maps foreign frames; the control socket carries small requests to the domain
 process, which owns the vCPUs. A connection is also a lease: when the one that suspended the
 guest, or the one that builds the domain, is closed without a word, the domain process undoes it.
-
-Wire: u32 JSON length, u32 blob length, JSON object, blob. Answers carry `error` (a class name of
-xsave.errors and its message) or the result; events of a long request come before its answer.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
 import socket
-import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from xsave import errors
-from xsave.errors import (
-    ConnectionLost,
-    GuestStateError,
-    OutOfFrames,
-    SuspendFailed,
-    XsaveError,
-)
+from xsave.errors import ConnectionLost, XsaveError
 from xsave.frames import TYPE_PIN
 from xsave.guest.xen.machine import Machine
+from xsave.guest.xen.wire import (
+    pack_blobs,
+    raise_error,
+    receive_exact,
+    receive_message,
+    send_message,
+    unpack_blobs,
+)
 
-_HEADER = struct.Struct("<II")
-_MAX_MESSAGE = 64 << 20
 _TABLE_LEVELS = 4
 _ABANDON_TIMEOUT_S = 20.0
 
@@ -84,69 +78,6 @@ class DomainState:
     p2m_frames: np.ndarray | None
     p2m_size: int
     xen_version: tuple[int, int]
-
-
-def send_message(sock: socket.socket, message: dict[str, Any], blob: bytes = b"") -> None:
-    """Send one message. Raises ConnectionLost."""
-    text = json.dumps(message).encode()
-    try:
-        sock.sendall(_HEADER.pack(len(text), len(blob)) + text + blob)
-    except OSError as e:
-        raise ConnectionLost(f"the domain's process is gone ({e.strerror})") from e
-
-
-def receive_message(sock: socket.socket) -> tuple[dict[str, Any], bytes]:
-    """Receive one message. Raises ConnectionLost."""
-    json_bytes, blob_bytes = _HEADER.unpack(_receive(sock, _HEADER.size))
-    if json_bytes + blob_bytes > _MAX_MESSAGE:
-        raise ConnectionLost("the domain's process speaks another protocol")
-    message = json.loads(_receive(sock, json_bytes))
-    return message, _receive(sock, blob_bytes)
-
-
-def _receive(sock: socket.socket, nr: int) -> bytes:
-    chunks = []
-    while nr:
-        try:
-            chunk = sock.recv(min(nr, 1 << 20))
-        except OSError as e:
-            raise ConnectionLost(f"the domain's process is gone ({e.strerror})") from e
-        if not chunk:
-            raise ConnectionLost("the domain's process is gone")
-        chunks.append(chunk)
-        nr -= len(chunk)
-    return b"".join(chunks)
-
-
-def pack_blobs(*blobs: bytes) -> bytes:
-    """Put several byte strings into one blob; unpack_blobs is the inverse."""
-    return struct.pack(f"<{len(blobs)}I", *map(len, blobs)) + b"".join(blobs)
-
-
-def unpack_blobs(blob: bytes, nr: int) -> Iterator[bytes]:
-    lengths = struct.unpack_from(f"<{nr}I", blob)
-    at = 4 * nr
-    for length in lengths:
-        yield blob[at : at + length]
-        at += length
-
-
-def error_message(error: XsaveError) -> dict[str, Any]:
-    """An error as the wire carries it."""
-    facts = {k: v for k, v in error.facts.items() if isinstance(v, str | int)}
-    return {"error": type(error).__name__, "message": str(error), "facts": facts}
-
-
-def raise_error(message: dict[str, Any]) -> None:
-    """Raise the error of an answer, if it is one."""
-    if "error" not in message:
-        return
-    kind, facts = message["error"], message["facts"]
-    if kind == SuspendFailed.__name__:
-        raise SuspendFailed(message["message"], stage=facts["stage"])
-    if kind == OutOfFrames.__name__:
-        raise OutOfFrames(**facts)
-    raise getattr(errors, kind, GuestStateError)(message["message"])
 
 
 class Domctl:
@@ -311,7 +242,7 @@ class Domctl:
             self.destroy()
         with contextlib.suppress(OSError, ConnectionLost):
             self._sock.settimeout(_ABANDON_TIMEOUT_S)
-            _receive(self._sock, 1)  # its end closes the connection
+            receive_exact(self._sock, 1)  # its end closes the connection
         self.close()
 
     def populate(self, nr: int) -> np.ndarray:

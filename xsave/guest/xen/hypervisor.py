@@ -10,14 +10,10 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable
-from typing import Any
 
-from xsave.guest.xen import guestmem
 from xsave.guest.xen.context import RFLAGS_IF, RFLAGS_LIVE, Vcpu
 from xsave.guest.xen.cpuregs import (
     CR2,
-    CS_SEL,
-    GS_BASE,
     R8,
     R10,
     R11,
@@ -29,16 +25,15 @@ from xsave.guest.xen.cpuregs import (
     RIP,
     RSI,
     RSP,
-    SS_SEL,
 )
 from xsave.guest.xen.domain import Domain
+from xsave.guest.xen.guestcpu import M64, GuestCpu
 from xsave.guest.xen.guestmem import GuestFault
 from xsave.guest.xen.pagetable import PGT_L1, PGT_L4
 from xsave.guest.xen.privop import emulate_privileged
 from xsave.guest.xen.ptwr import emulate_table_write
-from xsave.guest.xen.vcpu import CR4_OSXSAVE, FLAT_RING3_CS64, FLAT_RING3_SS64, Cpu
+from xsave.guest.xen.vcpu import CR4_OSXSAVE, Cpu
 
-M64 = (1 << 64) - 1
 TRAP_INVALID_OP, TRAP_GP_FAULT, TRAP_PAGE_FAULT = 6, 13, 14
 _WITH_ERROR_CODE = {8, 10, 11, 12, 13, 14, 17}
 _TI_DISABLE_EVENTS = 4
@@ -53,52 +48,18 @@ _MASKED_ON_FRAME = 0x3200  # IOPL IF
 Hypercall = Callable[["Hypervisor", Vcpu, int, int, int, int, int], int]
 
 
-class Hypervisor:
-    """Xen, as one domain meets it. `cpu` exists once the domain is to run."""
+class Hypervisor(GuestCpu):
+    """Xen, as one domain meets it. It can run once it is powered on."""
 
     def __init__(self, domain: Domain, table: dict[int, Hypercall]) -> None:
-        self.domain = domain
+        super().__init__(domain)
         self.table = table
-        self.tables = domain.tables
-        self.vcpu = domain.vcpus[0]
         self.kicked = False
         self.nr_crossings = 0
-        self.powered = False
-        self._parked: dict[int, Any] = {}
-        self.cpu: Cpu
-        self.q: memoryview
 
     def power_on(self) -> None:
-        """Make the emulated CPU and load vCPU 0 into it."""
-        self.cpu = Cpu(self.domain.machine, self.domain.scratch_mfn, self)
-        self.q = self.cpu.q
-        self.vcpu.load_registers(self.cpu, self.domain.gdt_base(self.vcpu))
-        self.powered = True
-
-    def switch_to(self, vcpu: Vcpu) -> None:
-        """Let another vCPU have the emulated CPU: all vCPUs take turns on one."""
-        if vcpu is self.vcpu:
-            return
-        self._parked[self.vcpu.id] = self.cpu.park(self._parked.get(self.vcpu.id))
-        self.vcpu = vcpu
-        if vcpu.fresh:
-            vcpu.fresh = False
-            vcpu.load_registers(self.cpu, self.domain.gdt_base(vcpu))
-        else:
-            self.cpu.unpark(self._parked[vcpu.id], vcpu.cr3)
-
-    def read_registers(self) -> None:
-        """Copy the live registers of every vCPU that has run into its context."""
-        if self.powered:
-            for vcpu in self.domain.vcpus:
-                if vcpu.online and not vcpu.fresh:
-                    self.switch_to(vcpu)
-                    vcpu.read_registers(self.cpu)
-
-    def set_result(self, result: int) -> None:
-        """Change what the hypercall returns in which vCPU 0 suspended."""
-        self.switch_to(self.domain.vcpus[0])
-        self.q[RAX] = result
+        """Make the emulated CPU, whose crossings come here, with vCPU 0 on it."""
+        self.start_cpu(Cpu(self.domain.machine, self.domain.scratch_mfn, self))
 
     def kick(self) -> None:
         """Make run() return at the next crossing."""
@@ -110,14 +71,6 @@ class Hypervisor:
         self._deliver(0)
         if not self.kicked and self.domain.shutdown_reason is None:
             self.cpu.run(count)
-
-    # -- guest memory, as every hypercall sees it ---
-
-    def read(self, address: int, nr: int) -> bytes:
-        return guestmem.read(self.tables, self.vcpu.cr3, address, nr)
-
-    def write(self, address: int, data: bytes) -> None:
-        guestmem.write(self.tables, self.vcpu.cr3, address, data)
 
     # -- crossings ---
 
@@ -240,7 +193,7 @@ class Hypervisor:
             return
         address, flags = entry
         code = error_code if vector in _WITH_ERROR_CODE else None
-        self._bounce(address, code, mask=bool(flags & _TI_DISABLE_EVENTS), skip=0)
+        self.bounce(address, code, mask=bool(flags & _TI_DISABLE_EVENTS), skip=0)
 
     def _deliver(self, skip: int) -> bool:
         """Enter the event callback if an event is pending and not masked."""
@@ -253,55 +206,8 @@ class Hypervisor:
             return False
         # An event that comes in the very crossing in which the vCPU blocks has woken it.
         vcpu.blocked = False
-        self._bounce(callback, None, mask=True, skip=skip)
+        self.bounce(callback, None, mask=True, skip=skip)
         return True
-
-    def _bounce(self, handler: int, error_code: int | None, *, mask: bool, skip: int) -> None:
-        """create_bounce_frame: push the interrupted state onto the kernel stack and go there.
-
-        `skip` bytes are added to rip by the emulator after the hook: the frame wants the rip
-        behind them, the register the handler before them.
-        """
-        q, vcpu, cpu = self.q, self.vcpu, self.cpu
-        rip, rsp, rflags = (q[RIP] + skip) & M64, q[RSP], cpu.rflags
-        cs, ss = q[CS_SEL] & 0xFFFF, q[SS_SEL] & 0xFFFF
-        old_mask = vcpu.info.evtchn_upcall_mask & 1
-        if vcpu.in_kernel:
-            sp, cs = rsp, cs & ~3
-        else:
-            self.toggle(True)
-            sp, cs = vcpu.context.kernel_sp, cs | 3
-        frame = [q[RCX], q[R11]]
-        if error_code is not None:
-            frame.append(error_code)
-        flags = rflags & ~_MASKED_ON_FRAME | (0 if old_mask else RFLAGS_IF)
-        frame += [rip, cs | old_mask << 32, flags, rsp, ss]
-        sp = (sp & ~15) - 8 * len(frame)
-        try:
-            self.write(sp & M64, struct.pack(f"<{len(frame)}Q", *frame))
-        except GuestFault:
-            self.domain.crash(f"no kernel stack at {sp & M64:#x} for an exception frame")
-            cpu.stop()
-            return
-        q[RSP] = sp & M64
-        cpu.rflags = rflags & ~_CLEARED_FLAGS | RFLAGS_IF | 2
-        cpu.set_selectors(FLAT_RING3_CS64, FLAT_RING3_SS64)
-        q[RIP] = (handler - skip) & M64
-        if mask:
-            vcpu.info.evtchn_upcall_mask = 1
-
-    def toggle(self, kernel: bool) -> None:
-        """toggle_guest_mode: swap the GS base and the page tables."""
-        vcpu, q = self.vcpu, self.q
-        if vcpu.in_kernel == kernel:
-            return
-        context = vcpu.context
-        if kernel:
-            context.gs_base_user, q[GS_BASE] = q[GS_BASE], context.gs_base_kernel
-        else:
-            context.gs_base_kernel, q[GS_BASE] = q[GS_BASE], context.gs_base_user
-        vcpu.in_kernel = kernel
-        self.cpu.load_cr3(vcpu.cr3)
 
     def _user_syscall(self) -> None:
         """A system call of the guest's user space: what the CPU would do, then the callback."""
@@ -309,7 +215,7 @@ class Hypervisor:
         q[RCX] = (q[RIP] + _SYSCALL_BYTES) & M64
         q[R11] = self.cpu.rflags
         mask = bool(vcpu.context.flags & 16)  # VGCF_syscall_disables_events
-        self._bounce(vcpu.context.syscall_callback_eip, None, mask=mask, skip=_SYSCALL_BYTES)
+        self.bounce(vcpu.context.syscall_callback_eip, None, mask=mask, skip=_SYSCALL_BYTES)
 
     def _iret(self) -> None:
         """HYPERVISOR_iret: the frame the guest's stub left on its stack."""

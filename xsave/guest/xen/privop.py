@@ -7,14 +7,11 @@ I/O (no devices: reads give all ones), control and debug registers, and a few no
 from __future__ import annotations
 
 import struct
-from typing import TYPE_CHECKING
 
 from xsave.guest.xen.cpuregs import FS_BASE, GS_BASE, RAX, RCX, RDX, RIP
+from xsave.guest.xen.guestcpu import GuestCpu
 from xsave.guest.xen.guestmem import GuestFault
 from xsave.guest.xen.vcpu import CR4_FSGSBASE, CR4_OSXSAVE
-
-if TYPE_CHECKING:
-    from xsave.guest.xen.hypervisor import Hypervisor
 
 MSR_APIC_BASE, MSR_PAT, MSR_EFER = 0x1B, 0x277, 0xC0000080
 MSR_FS_BASE, MSR_GS_BASE, MSR_KERNEL_GS_BASE = 0xC0000100, 0xC0000101, 0xC0000102
@@ -28,7 +25,7 @@ _XSETBV = b"\x01\xd1"
 _XCR0_ALLOWED = 7
 
 
-def emulate_privileged(hv: Hypervisor) -> bool:
+def emulate_privileged(hv: GuestCpu) -> bool:
     """Emulate the instruction at rip if it is one of these. False: it is a real #GP."""
     try:
         code = hv.read(hv.q[RIP], 1)
@@ -41,7 +38,7 @@ def emulate_privileged(hv: Hypervisor) -> bool:
     return length > 0
 
 
-def _short_read(hv: Hypervisor) -> bytes:
+def _short_read(hv: GuestCpu) -> bytes:
     """Fewer bytes than the longest instruction: it ends at the end of its page."""
     out = b""
     for i in range(4):
@@ -52,7 +49,7 @@ def _short_read(hv: Hypervisor) -> bytes:
     return out
 
 
-def _emulate(hv: Hypervisor, code: bytes) -> int:
+def _emulate(hv: GuestCpu, code: bytes) -> int:
     """Return the length of the instruction emulated, 0 if it is none of ours."""
     skip, rex, wide = 0, 0, False
     if code[0] == 0x66:
@@ -74,14 +71,14 @@ def _emulate(hv: Hypervisor, code: bytes) -> int:
     return 0
 
 
-def _in(hv: Hypervisor, ones: int) -> None:
+def _in(hv: GuestCpu, ones: int) -> None:
     if ones == 0xFFFFFFFF:
         hv.q[RAX] = ones
     else:
         hv.q[RAX] |= ones
 
 
-def _emulate_two_byte(hv: Hypervisor, code: bytes, rex: int, skip: int) -> int:
+def _emulate_two_byte(hv: GuestCpu, code: bytes, rex: int, skip: int) -> int:
     op = code[0]
     if op == 0x30:
         _wrmsr(hv)
@@ -99,7 +96,7 @@ def _emulate_two_byte(hv: Hypervisor, code: bytes, rex: int, skip: int) -> int:
     return skip + 2
 
 
-def _wrmsr(hv: Hypervisor) -> None:
+def _wrmsr(hv: GuestCpu) -> None:
     q = hv.q
     value = (q[RDX] & 0xFFFFFFFF) << 32 | q[RAX] & 0xFFFFFFFF
     msr = q[RCX] & 0xFFFFFFFF
@@ -111,7 +108,7 @@ def _wrmsr(hv: Hypervisor) -> None:
         hv.vcpu.context.gs_base_user = value
 
 
-def _rdmsr(hv: Hypervisor) -> None:
+def _rdmsr(hv: GuestCpu) -> None:
     q = hv.q
     msr = q[RCX] & 0xFFFFFFFF
     if msr == MSR_FS_BASE:
@@ -125,7 +122,7 @@ def _rdmsr(hv: Hypervisor) -> None:
     q[RAX], q[RDX] = value & 0xFFFFFFFF, value >> 32
 
 
-def _xsetbv(hv: Hypervisor) -> bool:
+def _xsetbv(hv: GuestCpu) -> bool:
     """Only what the vCPU's XSAVE state already has room for."""
     vcpu, q = hv.vcpu, hv.q
     value = (q[RDX] & 0xFFFFFFFF) << 32 | q[RAX] & 0xFFFFFFFF
@@ -138,7 +135,7 @@ def _xsetbv(hv: Hypervisor) -> bool:
     return True
 
 
-def _move_control(hv: Hypervisor, op: int, modrm: int, rex: int) -> None:
+def _move_control(hv: GuestCpu, op: int, modrm: int, rex: int) -> None:
     """mov to and from control and debug registers; both registers may be r8-r15."""
     number = (modrm >> 3 & 7) | (rex & 4) << 1
     register = (modrm & 7) | (rex & 1) << 3

@@ -8,13 +8,11 @@ from the registers and goes through the same checks as mmu_update. Decoding is c
 from __future__ import annotations
 
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from xsave.guest.xen.cpuregs import RAX, RCX, RDI, RIP, RSI
+from xsave.guest.xen.guestcpu import GuestCpu
 from xsave.guest.xen.guestmem import GuestFault
-
-if TYPE_CHECKING:
-    from xsave.guest.xen.hypervisor import Hypervisor
 
 M64 = (1 << 64) - 1
 CF, PF, ZF, SF, OF, DF = 1, 4, 0x40, 0x80, 0x800, 0x400
@@ -43,7 +41,7 @@ def _decoder() -> Any:
     return decoder
 
 
-def emulate_table_write(hv: Hypervisor, address: int) -> bool:
+def emulate_table_write(hv: GuestCpu, address: int) -> bool:
     """Emulate the faulting store to a page table. False: the guest gets its #PF."""
     instruction = _decode(hv)
     if instruction is None:
@@ -68,7 +66,7 @@ def emulate_table_write(hv: Hypervisor, address: int) -> bool:
     return True
 
 
-def _decode(hv: Hypervisor) -> Any:
+def _decode(hv: GuestCpu) -> Any:
     code = b""
     for length in (_MAX_INSTRUCTION, 8, 4, 2):
         try:
@@ -82,7 +80,7 @@ def _decode(hv: Hypervisor) -> Any:
 class _Store:
     """The value to store, and the register and flag changes that follow if it is accepted."""
 
-    def __init__(self, hv: Hypervisor, value: int) -> None:
+    def __init__(self, hv: GuestCpu, value: int) -> None:
         self.hv = hv
         self.value = value
         self.registers: dict[int, int] = {}
@@ -96,7 +94,7 @@ class _Store:
             self.hv.cpu.rflags = self.flags
 
 
-def _operand(hv: Hypervisor, instruction: Any, operand: Any) -> int:
+def _operand(hv: GuestCpu, instruction: Any, operand: Any) -> int:
     if operand.type == 2:  # X86_OP_IMM
         return operand.imm & M64
     index, width = _BY_NAME[instruction.reg_name(operand.reg)]
@@ -112,7 +110,7 @@ def _set_register(store: _Store, name: str, value: int) -> None:
         store.registers[index] = store.hv.q[index] & ~mask | value & mask
 
 
-def _compute(hv: Hypervisor, instruction: Any, old: int, size: int) -> _Store | None:
+def _compute(hv: GuestCpu, instruction: Any, old: int, size: int) -> _Store | None:
     """Return what the instruction stores over `old`, None for one that is not known."""
     mnemonic = instruction.mnemonic.removeprefix("lock ")
     try:
@@ -133,7 +131,7 @@ def _compute(hv: Hypervisor, instruction: Any, old: int, size: int) -> _Store | 
     return None
 
 
-def _xchg(hv: Hypervisor, instruction: Any, old: int) -> _Store:
+def _xchg(hv: GuestCpu, instruction: Any, old: int) -> _Store:
     first, second = instruction.operands
     register = second if first.type == 3 else first  # X86_OP_MEM
     store = _Store(hv, _operand(hv, instruction, register))
@@ -141,7 +139,7 @@ def _xchg(hv: Hypervisor, instruction: Any, old: int) -> _Store:
     return store
 
 
-def _logic(hv: Hypervisor, instruction: Any, mnemonic: str, old: int, size: int) -> _Store:
+def _logic(hv: GuestCpu, instruction: Any, mnemonic: str, old: int, size: int) -> _Store:
     source = _operand(hv, instruction, instruction.operands[1])
     value = {"and": old & source, "or": old | source, "xor": old ^ source}[mnemonic]
     value &= (1 << 8 * size) - 1
@@ -154,14 +152,14 @@ def _logic(hv: Hypervisor, instruction: Any, mnemonic: str, old: int, size: int)
     return store
 
 
-def _bit(hv: Hypervisor, instruction: Any, mnemonic: str, old: int, size: int) -> _Store:
+def _bit(hv: GuestCpu, instruction: Any, mnemonic: str, old: int, size: int) -> _Store:
     bit = 1 << (_operand(hv, instruction, instruction.operands[1]) % (8 * size))
     store = _Store(hv, old | bit if mnemonic == "bts" else old & ~bit)
     store.flags = hv.cpu.rflags & ~CF | (CF if old & bit else 0)
     return store
 
 
-def _cmpxchg(hv: Hypervisor, instruction: Any, old: int, size: int) -> _Store:
+def _cmpxchg(hv: GuestCpu, instruction: Any, old: int, size: int) -> _Store:
     mask = (1 << 8 * size) - 1
     if hv.q[RAX] & mask == old:
         store = _Store(hv, _operand(hv, instruction, instruction.operands[1]))
@@ -173,7 +171,7 @@ def _cmpxchg(hv: Hypervisor, instruction: Any, old: int, size: int) -> _Store:
     return store
 
 
-def _string(hv: Hypervisor, mnemonic: str) -> _Store:
+def _string(hv: GuestCpu, mnemonic: str) -> _Store:
     """One step of stosq/movsq; with rep the instruction is left to run, or fault, again."""
     q = hv.q
     step = -8 if hv.cpu.rflags & DF else 8

@@ -1,0 +1,74 @@
+"""A domain's directory: its record, its control socket, and whether its process lives.
+
+domains/DOMID holds domain.json (the name; `building` until the domain is whole), `ctl` (the
+control socket), console.log, and `alive`, on which the process holds a lock for life: whether it
+is dead is asked of the kernel, not of a pid.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import socket
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from xsave.errors import ConnectionLost
+
+
+@dataclass(frozen=True)
+class DomainRecord:
+    """domains/DOMID/domain.json: the name under which a domain can be found."""
+
+    name: str
+    domid: int
+    directory: Path
+    building: bool
+
+
+def alive(directory: Path) -> bool:
+    """True while some process holds the domain's `alive` lock."""
+    try:
+        fd = os.open(directory / "alive", os.O_RDWR | os.O_CLOEXEC)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return True
+    finally:
+        os.close(fd)
+    return False
+
+
+def write_record(directory: Path, **record: Any) -> None:
+    """Write domain.json, atomically."""
+    making = directory / ".domain.json"
+    making.write_text(json.dumps(record))
+    making.rename(directory / "domain.json")
+
+
+@contextlib.contextmanager
+def socket_address(directory: Path) -> Iterator[str]:
+    """The control socket's address, short enough for any directory (sun_path holds 108 bytes)."""
+    fd = os.open(directory, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        yield f"/proc/self/fd/{fd}/ctl"
+    finally:
+        os.close(fd)
+
+
+def connect_socket(directory: Path) -> socket.socket:
+    """Connect to a domain process. Raises ConnectionLost."""
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        with socket_address(directory) as address:
+            sock.connect(address)
+    except OSError as e:
+        sock.close()
+        raise ConnectionLost(f"the domain's process does not answer: {e.strerror}") from e
+    return sock

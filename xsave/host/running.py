@@ -1,0 +1,65 @@
+"""The domain of this process, as its loop and its requests share it.
+
+Only the vCPU thread changes anything here; other threads look.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+from pathlib import Path
+
+from xsave.errors import GuestStateError
+from xsave.guest.xen.domain import Domain
+from xsave.guest.xen.hypervisor import Hypervisor
+from xsave.guest.xen.machine import Machine
+from xsave.host.control import Control
+
+
+class RunningDomain:
+    """`hypervisor` and with it `domain` and `xen` exist after the `begin` request.
+
+    paused: xl pause, and every domain at first; builtin: the kernel is ours; finished: the
+    process is to end.
+    """
+
+    def __init__(
+        self, directory: Path, machine: Machine, domid: int, name: str, control: Control
+    ) -> None:
+        self.directory = directory
+        self.machine = machine
+        self.domid = domid
+        self.name = name
+        self.control = control
+        self.hypervisor: Hypervisor | None = None
+        self.paused = True
+        self.builtin = False
+        self.finished = False
+
+    @property
+    def built(self) -> bool:
+        return self.hypervisor is not None
+
+    @property
+    def xen(self) -> Hypervisor:
+        """Raises GuestStateError before `begin`."""
+        if self.hypervisor is None:
+            raise GuestStateError("the domain is not built yet")
+        return self.hypervisor
+
+    @property
+    def domain(self) -> Domain:
+        """Raises GuestStateError before `begin`."""
+        return self.xen.domain
+
+    def holding(self) -> bool:
+        """True if a deterministic guest reached its horizon: nothing moves without a command."""
+        clock = self.domain.clock
+        return clock.virtual and clock.now() >= clock.horizon_ns
+
+    def remove(self) -> None:
+        """Free the frames and forget the domain; `dying` lets the next command wait for it."""
+        with contextlib.suppress(OSError):
+            (self.directory / "dying").touch()
+        self.machine.free_domain(self.domid)
+        shutil.rmtree(self.directory, ignore_errors=True)
