@@ -31,6 +31,7 @@ SLICE_INSTRUCTIONS = 100_000
 GRACE_BUILTIN_S = 0.002
 GRACE_FOREIGN_S = 0.1
 _NS_PER_S = 1_000_000_000
+_LONGEST_WAIT_S = 3600.0
 
 
 class DomainProcess:
@@ -155,7 +156,8 @@ class DomainProcess:
         wait = (min(times) - domain.clock.now()) / _NS_PER_S if times else None
         deadline = self._operations.deadline_s()
         waits = [w for w in (wait, deadline) if w is not None]
-        self._wait(max(min(waits), 0.0) if waits else None)
+        # A guest may ask for a timer in 600 years, select() for no such wait.
+        self._wait(max(min(*waits, _LONGEST_WAIT_S), 0.0) if waits else None)
 
     def _wait(self, seconds: float | None) -> None:
         if not self._control.has_requests():

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
+from xsave.errors import HostCannotTake
 from xsave.frames import (
     INVALID_M2P_ENTRY,
     PAGE_SHIFT,
@@ -26,7 +27,7 @@ from xsave.guest.xen.context import Vcpu
 from xsave.guest.xen.cpuid import CpuPolicy
 from xsave.guest.xen.events import EventChannels, Port
 from xsave.guest.xen.machine import M2P_L3_FRAME, Machine
-from xsave.guest.xen.pagetable import PGT_SEG_DESC, PGT_XEN, PageTables
+from xsave.guest.xen.pagetable import PGT_SEG_DESC, PGT_WRITABLE, PGT_XEN, PageTables
 from xsave.guest.xen.time import RealClock, scale
 from xsave.guest.xen.xenstore import Connection, XenStore, service_ring
 from xsave.public import SHUTDOWN_CRASH, SharedInfo, VcpuInfo
@@ -72,6 +73,7 @@ class Domain:
         self.never_run = True
         self._allocate_xen_frames()
         self.tables = PageTables(machine, domid, self._xen_l4_slots())
+        self._hold_writable(self.shared_info_mfn)
         self.vcpus = [Vcpu(i, self.shared.vcpu_info[i]) for i in range(nr_vcpus)]
         self.events = EventChannels(self.tables, self.vcpus, self.shared)
         self._build_perdomain()
@@ -184,14 +186,21 @@ class Domain:
 
     # -- the two rings ---
 
+    def _hold_writable(self, mfn: int) -> None:
+        """Xen writes to this frame for ever: it may become no page table and not be given back."""
+        if rc := self.tables.get_type(mfn, PGT_WRITABLE):
+            raise HostCannotTake(f"frame {mfn:#x} cannot be shared with Xen ({rc})")
+
     def connect_console(self, mfn: int) -> int:
-        """Attach the console ring; return the port."""
+        """Attach the console ring; return the port. Raises HostCannotTake."""
+        self._hold_writable(mfn)
         self.console.page = self._page(mfn)
         self.console_port = self.events.bind(Port("interdomain", notify=self.serve_console))
         return self.console_port
 
     def connect_store(self, mfn: int) -> int:
-        """Attach the xenstore ring; return the port."""
+        """Attach the xenstore ring; return the port. Raises HostCannotTake."""
+        self._hold_writable(mfn)
         self.store_page = self._page(mfn)
         self.store_port = self.events.bind(Port("interdomain", notify=self.serve_store))
         return self.store_port

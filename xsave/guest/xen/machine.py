@@ -18,7 +18,6 @@ zeros, and a frame nobody touched is known without reading it (`resident`).
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import fcntl
 import mmap
 import os
@@ -37,6 +36,7 @@ from xsave.frames import (
     PTE_PSE,
     PTE_USER,
 )
+from xsave.guest.xen.residency import touched_pages
 
 DOMID_FREE = 0x7FF4  # DOMID_INVALID
 DOMID_XEN = 0x7FF2
@@ -56,8 +56,6 @@ _COLUMNS = (
     ("type_count", np.uint32),
     ("refs", np.uint32),
 )
-
-_libc = ctypes.CDLL(None, use_errno=True)
 
 
 def first_domain_frame(nr_frames: int) -> int:
@@ -184,24 +182,18 @@ class Machine:
     def resident(self, mfns: np.ndarray) -> np.ndarray:
         """Return (n,) bool: False for frames that were never touched, which hold only zeros.
 
-        mincore(2) answers for whole ranges from the page cache, without reading (and so without
-        allocating) anything.
+        Nothing is read, and so nothing allocated (see residency.py).
         """
-        touched = np.zeros(self.nr_frames, np.uint8)
-        base = self.pages.ctypes.data
+        touched = np.zeros(self.nr_frames, bool)
         chunks = np.unique(mfns.astype(np.int64) // CHUNK_FRAMES)
         breaks = np.flatnonzero(np.diff(chunks) != 1) + 1
-        for run in np.split(chunks, breaks):
+        for run in np.split(chunks, breaks) if chunks.size else ():
             first = int(run[0]) * CHUNK_FRAMES
             nr = min((int(run[-1]) + 1) * CHUNK_FRAMES, self.nr_frames) - first
-            vector = touched[first : first + nr]
-            if _libc.mincore(
-                ctypes.c_void_p(base + (first << PAGE_SHIFT)),
-                ctypes.c_size_t(nr << PAGE_SHIFT),
-                ctypes.c_void_p(vector.ctypes.data),
-            ):
-                return np.ones(len(mfns), bool)
-        return (touched[mfns] & 1).astype(bool)
+            touched[first : first + nr] = touched_pages(
+                self.directory / "machine.mem", self.pages.ctypes.data, first, nr
+            )
+        return touched[mfns]
 
 
 def _pick_shuffled(free: np.ndarray, nr: int, rng: np.random.Generator) -> np.ndarray | None:

@@ -7,6 +7,7 @@ import struct
 
 from xsave.guest.xen.context import Vcpu
 from xsave.guest.xen.events import EVTCHNSTAT, FIFO_LINK_BITS, FIFO_QUEUES, Port
+from xsave.guest.xen.guestmem import GuestFault
 from xsave.guest.xen.hypervisor import Hypervisor
 
 (
@@ -25,7 +26,11 @@ def _out_port(hv: Hypervisor, address: int, port: int) -> int:
     """Return a bound port to the guest; take it back if the guest cannot be told."""
     if port < 0:
         return port
-    hv.write(address, struct.pack("<I", port))
+    try:
+        hv.write(address, struct.pack("<I", port))
+    except GuestFault:
+        hv.domain.events.close(port)
+        raise
     return 0
 
 

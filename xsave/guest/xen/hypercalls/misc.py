@@ -8,7 +8,7 @@ import struct
 from xsave.guest.xen.context import Vcpu
 from xsave.guest.xen.cpuid import XEN_VERSION
 from xsave.guest.xen.domain import HYPERVISOR_VIRT_START
-from xsave.guest.xen.hypervisor import Hypervisor
+from xsave.guest.xen.hypervisor import M64, Hypervisor
 
 _VERSION, _EXTRAVERSION, _COMPILE_INFO, _CAPABILITIES, _CHANGESET, _PLATFORM = range(6)
 _GET_FEATURES, _PAGESIZE, _GUEST_HANDLE = 6, 7, 8
@@ -61,7 +61,7 @@ def multicall(hv: Hypervisor, vcpu: Vcpu, calls: int, nr: int, *_: int) -> int:
         address = calls + i * _MULTICALL_ENTRY.size
         op, _result, *args = _MULTICALL_ENTRY.unpack(hv.read(address, _MULTICALL_ENTRY.size))
         result = -errno.ENOSYS if op & 0xFFFFFFFF == _MULTICALL else hv.call(op, *args[:5])
-        hv.write(address + 8, struct.pack("<q", result))
+        hv.write(address + 8, struct.pack("<Q", result & M64))
         if hv.domain.shutdown_reason is not None:
             break
     return 0

@@ -8,6 +8,7 @@ import struct
 
 from xsave.guest.xen.adopt import adopt_context
 from xsave.guest.xen.context import Vcpu
+from xsave.guest.xen.events import MAX_PORTS
 from xsave.guest.xen.hypervisor import Hypervisor
 from xsave.guest.xen.pagetable import PGT_WRITABLE
 from xsave.public import SHUTDOWN_NAMES, VcpuGuestContext, VcpuInfo
@@ -50,6 +51,8 @@ def _poll(hv: Hypervisor, vcpu: Vcpu, argument: int) -> int:
     if nr_ports > _POLL_LIMIT:
         return -errno.EINVAL
     ports = struct.unpack(f"<{nr_ports}I", hv.read(ports_ptr, 4 * nr_ports))
+    if any(port >= MAX_PORTS for port in ports):
+        return -errno.EINVAL
     if any(hv.domain.events.is_pending(port) for port in ports if port in hv.domain.events.ports):
         return 0
     vcpu.polling = ports
