@@ -8,7 +8,8 @@ import struct
 from xsave.guest.xen.context import Vcpu
 from xsave.guest.xen.cpuid import XEN_VERSION
 from xsave.guest.xen.domain import HYPERVISOR_VIRT_START
-from xsave.guest.xen.hypervisor import M64, Hypervisor
+from xsave.guest.xen.guestcpu import M64
+from xsave.guest.xen.hypervisor import Hypervisor
 
 _VERSION, _EXTRAVERSION, _COMPILE_INFO, _CAPABILITIES, _CHANGESET, _PLATFORM = range(6)
 _GET_FEATURES, _PAGESIZE, _GUEST_HANDLE = 6, 7, 8
