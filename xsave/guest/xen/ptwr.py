@@ -7,6 +7,7 @@ from the registers and goes through the same checks as mmu_update. Decoding is c
 
 from __future__ import annotations
 
+import contextlib
 from functools import cache
 from typing import Any
 
@@ -15,8 +16,8 @@ from xsave.guest.xen.guestcpu import GuestCpu
 from xsave.guest.xen.guestmem import GuestFault
 
 M64 = (1 << 64) - 1
-CF, PF, ZF, SF, OF, DF = 1, 4, 0x40, 0x80, 0x800, 0x400
-_LOGIC_FLAGS = CF | PF | 0x10 | ZF | SF | OF
+CF, PF, AF, ZF, SF, DF, OF = 1, 4, 0x10, 0x40, 0x80, 0x400, 0x800
+_ARITHMETIC_FLAGS = CF | PF | AF | ZF | SF | OF
 _MAX_INSTRUCTION = 15
 
 _REGISTERS = (
@@ -67,14 +68,14 @@ def emulate_table_write(hv: GuestCpu, address: int) -> bool:
 
 
 def _decode(hv: GuestCpu) -> Any:
+    """Disassemble at rip; the page behind the instruction's need not be mapped."""
+    rip = hv.q[RIP]
+    here = min(_MAX_INSTRUCTION, 4096 - (rip & 0xFFF))
     code = b""
-    for length in (_MAX_INSTRUCTION, 8, 4, 2):
-        try:
-            code = hv.read(hv.q[RIP], length)
-            break
-        except GuestFault:
-            continue
-    return next(_decoder().disasm(code, hv.q[RIP], 1), None)
+    with contextlib.suppress(GuestFault):
+        code = hv.read(rip, here)
+        code += hv.read(rip + here, _MAX_INSTRUCTION - here)
+    return next(_decoder().disasm(code, rip, 1), None)
 
 
 class _Store:
@@ -144,11 +145,7 @@ def _logic(hv: GuestCpu, instruction: Any, mnemonic: str, old: int, size: int) -
     value = {"and": old & source, "or": old | source, "xor": old ^ source}[mnemonic]
     value &= (1 << 8 * size) - 1
     store = _Store(hv, value)
-    flags = hv.cpu.rflags & ~_LOGIC_FLAGS
-    flags |= ZF if value == 0 else 0
-    flags |= SF if value >> (8 * size - 1) else 0
-    flags |= PF if (value & 0xFF).bit_count() % 2 == 0 else 0
-    store.flags = flags
+    store.flags = hv.cpu.rflags & ~_ARITHMETIC_FLAGS | _result_flags(value, size)
     return store
 
 
@@ -160,15 +157,30 @@ def _bit(hv: GuestCpu, instruction: Any, mnemonic: str, old: int, size: int) -> 
 
 
 def _cmpxchg(hv: GuestCpu, instruction: Any, old: int, size: int) -> _Store:
-    mask = (1 << 8 * size) - 1
-    if hv.q[RAX] & mask == old:
+    accumulator = hv.q[RAX] & ((1 << 8 * size) - 1)
+    if accumulator == old:
         store = _Store(hv, _operand(hv, instruction, instruction.operands[1]))
-        store.flags = hv.cpu.rflags | ZF
     else:
         store = _Store(hv, old)
         _set_register(store, _REGISTERS[0][{8: 0, 4: 1, 2: 2, 1: 3}[size]], old)
-        store.flags = hv.cpu.rflags & ~ZF
+    store.flags = hv.cpu.rflags & ~_ARITHMETIC_FLAGS | _compare_flags(accumulator, old, size)
     return store
+
+
+def _compare_flags(a: int, b: int, size: int) -> int:
+    """The flags of a - b."""
+    difference = (a - b) & ((1 << 8 * size) - 1)
+    sign = 8 * size - 1
+    flags = CF if a < b else 0
+    flags |= AF if (a ^ b ^ difference) & 0x10 else 0
+    flags |= OF if ((a ^ b) & (a ^ difference)) >> sign & 1 else 0
+    return flags | _result_flags(difference, size)
+
+
+def _result_flags(value: int, size: int) -> int:
+    flags = ZF if value == 0 else 0
+    flags |= SF if value >> (8 * size - 1) else 0
+    return flags | (PF if (value & 0xFF).bit_count() % 2 == 0 else 0)
 
 
 def _string(hv: GuestCpu, mnemonic: str) -> _Store:
