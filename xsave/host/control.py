@@ -176,20 +176,26 @@ class Control:
 
 
 class Ticker:
-    """Stops a guest that computes without crossing, when something waits for it.
+    """Gets the vCPU thread out of a busy guest when something waits for it.
 
-    `crossings()` counts; `due()` says whether a request or a timer waits; `stop()` ends the run.
+    `crossings()` counts; `wanted()` says whether the vCPU thread itself is wanted, `kick()` then
+    ends the run at the guest's next crossing; `due()` says whether even a guest that does not
+    cross must be interrupted, `stop()` does that.
     """
 
     def __init__(
         self,
         grace_s: float,
+        *,
         crossings: Callable[[], int],
+        wanted: Callable[[], bool],
+        kick: Callable[[], None],
         due: Callable[[], bool],
         stop: Callable[[], None],
     ) -> None:
         self.grace_s = grace_s
-        self._crossings, self._due, self._stop = crossings, due, stop
+        self._crossings, self._wanted, self._kick = crossings, wanted, kick
+        self._due, self._stop = due, stop
         self.running = threading.Event()
 
     def start(self) -> None:
@@ -200,6 +206,8 @@ class Ticker:
         while True:
             self.running.wait()
             time.sleep(_TICK_S)
+            if self._wanted():
+                self._kick()
             crossings = self._crossings()
             if crossings != seen or not self._due():
                 seen, since = crossings, time.monotonic()

@@ -42,7 +42,14 @@ class DomainProcess:
         self._control = running.control
         self._control.on_input = self._type
         self._operations = Operations(running)
-        self._ticker = Ticker(GRACE_BUILTIN_S, self._crossings, self._due, self._stop)
+        self._ticker = Ticker(
+            GRACE_BUILTIN_S,
+            crossings=self._crossings,
+            wanted=self._wanted,
+            kick=lambda: self.running.xen.kick(),
+            due=self._due,
+            stop=self._stop,
+        )
 
     @property
     def _domain(self) -> Domain:
@@ -57,8 +64,11 @@ class DomainProcess:
     def _crossings(self) -> int:
         return self.running.xen.nr_crossings if self.running.built else 0
 
+    def _wanted(self) -> bool:
+        return self._control.has_requests() or self._operations.deadline_s() == 0.0
+
     def _due(self) -> bool:
-        if self._control.has_requests():
+        if self._wanted():
             return True
         domain = self._domain
         now = domain.clock.now()
