@@ -14,6 +14,7 @@ an explicit word resumes it, whatever becomes of this process:
 from __future__ import annotations
 
 import time
+from contextlib import suppress
 from dataclasses import dataclass, replace
 
 from xsave.errors import (
@@ -91,7 +92,9 @@ class Sender:
             handshake.expect(self._receiver.output, handshake.READY, "ready", READY_TIMEOUT_S)
             self._domctl.hold()
         except BaseException as e:  # noqa: BLE001 - _explain raises it again
-            self._domctl.resume()
+            if self._suspended_ns:  # else the guest is not ours to resume
+                with suppress(XsaveError):
+                    self._domctl.resume()
             self._explain(e)
         status = self._go()
         downtime_ns = time.monotonic_ns() - self._suspended_ns

@@ -13,6 +13,7 @@ from __future__ import annotations
 import ctypes
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -20,7 +21,7 @@ import numpy as np
 
 from xsave import p2m as guest_p2m
 from xsave.canonical import canonical_p2m, canonicalise, mfns_to_pfns
-from xsave.errors import GuestStateError
+from xsave.errors import GuestStateError, XsaveError
 from xsave.frames import INVALID_P2M_ENTRY, PAGE_SIZE, PageType
 from xsave.guest.xen.domctl import DomainState, Domctl, VcpuState
 from xsave.image import libxc
@@ -59,14 +60,16 @@ def save(
     """
     started = time.monotonic()
     report(Stage("save", "freeze", "asking the guest to suspend"))
+    # Not ours to resume before it is ours: the lease may be another save's or migration's.
+    domctl.suspend(lambda stage: report(Stage("save", "suspend", stage)))
     try:
-        domctl.suspend(lambda stage: report(Stage("save", "suspend", stage)))
         writer = Writer(domctl, write, report)
         writer.run()
         report(Stage("save", "sync"))
         commit()
     except BaseException:
-        domctl.resume()
+        with suppress(XsaveError):  # its process is gone: what failed first is what is told
+            domctl.resume()
         raise
     if leave == "destroyed":
         domctl.destroy()

@@ -127,6 +127,7 @@ class Operations:
         return {}, b""
 
     def op_resume(self, request: Request) -> Answer:
+        self._suspension.check_holder(request.client)
         self._running.paused = self._running.paused or bool(request.arguments.get("paused"))
         self._suspension.resume()
         return {}, b""

@@ -143,6 +143,11 @@ class Suspension:
             raise GuestStateError("the guest is not suspended")
         self.held = True
 
+    def check_holder(self, client: Client) -> None:
+        """Raise GuestStateError if the lease is somebody else's (unless the guest is held)."""
+        if self.active and not self.held and client is not self._holder:
+            raise GuestStateError("another save or migration of this domain is at work")
+
     def resume(self) -> None:
         """End the lease. XEN_DOMCTL_resumedomain after a fast suspend: the hypercall returns 1."""
         self._holder, self._deadline, self.held = None, None, False
