@@ -48,6 +48,11 @@ def files_below(directory):
     return {name for name in names if not name.startswith("domains/")}
 
 
+def open_descriptors():
+    """Return how many descriptors this process has."""
+    return len(list(Path("/proc/self/fd").iterdir()))
+
+
 def cycle(host, image, rng):
     """One cycle: the guest runs for a moment, is saved, comes back. Return its console."""
     time.sleep(rng.random() * 0.4)
@@ -63,14 +68,14 @@ def run_cycles(host, tmp_path, count):
     create(host)
     text = cycle(host, tmp_path / "img", rng)
     owned = all_free(host) - host.free_frames
-    files, descriptors = files_below(host.directory), len(os.listdir("/proc/self/fd"))
+    files, descriptors = files_below(host.directory), open_descriptors()
     for _ in range(count - 1):
         text += cycle(host, tmp_path / "img", rng)
     assert all_free(host) - host.free_frames == owned
     assert owned - (MEMORY >> 12) < 8  # its memory, and what Xen keeps for it
     assert len(processes(host)) == 1
     assert files_below(host.directory) == files
-    assert len(os.listdir("/proc/self/fd")) == descriptors
+    assert open_descriptors() == descriptors
     assert [path.name for path in tmp_path.iterdir()] == ["img"]
     return text
 
