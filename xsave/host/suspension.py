@@ -144,8 +144,8 @@ class Suspension:
         self.held = True
 
     def check_holder(self, client: Client) -> None:
-        """Raise GuestStateError if the lease is somebody else's (unless the guest is held)."""
-        if self.active and not self.held and client is not self._holder:
+        """Raise GuestStateError if the lease is somebody else's."""
+        if self.active and client is not self._holder:
             raise GuestStateError("another save or migration of this domain is at work")
 
     def resume(self) -> None:
