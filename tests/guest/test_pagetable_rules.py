@@ -4,10 +4,19 @@ from __future__ import annotations
 
 import pytest
 
-from tests.guest.pagetable_model import CODE, REFUSED, XEN_ENTRIES
+from tests.guest.pagetable_model import CODE, FORBIDDEN, REFUSED, XEN_ENTRIES
 from tests.guest.rig import FULL, READ_ONLY
-from xsave.frames import PTE_PCD, PTE_PRESENT, PTE_RW, PTE_USER
-from xsave.guest.xen.pagetable import PGT_L1, PGT_L2, PGT_L4, PGT_SEG_DESC, PageTables
+from xsave.frames import (
+    PTE_GLOBAL,
+    PTE_PCD,
+    PTE_PRESENT,
+    PTE_PSE,
+    PTE_PWT,
+    PTE_RW,
+    PTE_USER,
+)
+from xsave.guest.xen.machine import DOMID_FREE, M2P_FIRST_FRAME
+from xsave.guest.xen.pagetable import PGT_L1, PGT_L2, PGT_L4, PGT_SEG_DESC, PGT_XEN, PageTables
 
 DOMID = 1
 
@@ -22,6 +31,53 @@ def tables(machine):
 
 def write(tables, mfn, slot, target, flags=FULL):
     assert tables.mmu_update((mfn << 12) + 8 * slot, target << 12 | flags) == 0
+
+
+FORBIDDEN_FLAGS = [
+    (level, flag)
+    for level, flags in FORBIDDEN.items()
+    for flag in (PTE_PSE, PTE_PWT, PTE_PCD, PTE_GLOBAL)
+    if flags & flag
+]
+
+
+def refused_both_ways(tables, table, level, entry):
+    """An entry is refused in a table that is validated and in one that is in use."""
+    assert tables.mmu_update((table << 12) + 8, entry) == 0
+    assert tables.pin(table, level) == REFUSED
+    assert tables.mmu_update((table << 12) + 8, 0) == 0
+    assert tables.pin(table, level) == 0
+    assert tables.mmu_update((table << 12) + 8, entry) == REFUSED
+    assert tables.q[(table << 9) + 1] == 0
+    assert not tables.count[tables.frames[1]]
+
+
+@pytest.mark.parametrize(("level", "flag"), FORBIDDEN_FLAGS)
+def test_forbidden_flags(tables, level, flag):
+    """Superpages, cache attributes and (above L1) global entries are refused."""
+    table, target = tables.frames[:2]
+    refused_both_ways(tables, table, level, target << 12 | PTE_PRESENT | flag)
+
+
+@pytest.mark.parametrize("level", range(PGT_L1, PGT_L4 + 1))
+@pytest.mark.parametrize("flags", [PTE_PRESENT, FULL])
+@pytest.mark.parametrize(
+    "whose", ["another's", "Xen's", "Xen's of this domain", "nobody's", "none"]
+)
+def test_forbidden_frames(tables, level, flags, whose):
+    """No entry of any level names a frame that is not the guest's own, not even to read it."""
+    machine = tables.machine
+    own_of_xen = int(machine.allocate(DOMID, 1)[0])
+    machine.page_type[own_of_xen] = PGT_XEN
+    target = {
+        "another's": int(machine.allocate(DOMID + 1, 1)[0]),
+        "Xen's": M2P_FIRST_FRAME,
+        "Xen's of this domain": own_of_xen,
+        "nobody's": int(np.flatnonzero(machine.owner == DOMID_FREE)[0]),
+        "none": machine.nr_frames,
+    }[whose]
+    refused_both_ways(tables, tables.frames[0], level, target << 12 | flags)
+    assert not machine.refs[: machine.nr_frames].any()
 
 
 def test_a_table_cannot_map_itself_writable(tables):
