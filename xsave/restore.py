@@ -225,6 +225,7 @@ class Reader:
         self._domctl.begin(
             nr_vcpus=settings["vcpus"],
             max_pages=settings["pages"] or p2m_size,
+            target_pages=settings["target"],
             deterministic=settings["deterministic"] is not None,
             builtin=settings["builtin"],
         )
@@ -243,12 +244,16 @@ class Reader:
                 value = value.get(key) if isinstance(value, dict) else None
             return value
 
-        pages = get("b_info", "max_memkb")
+        def pages(key: str) -> int | None:
+            kib = get("b_info", key)
+            return kib // 4 if isinstance(kib, int) and 4 <= kib < 1 << 40 else None
+
         vcpus = get("b_info", "max_vcpus")
         name = get("c_info", "name")
         return {
             "name": name if isinstance(name, str) else "",
-            "pages": pages // 4 if isinstance(pages, int) and 0 < pages < 1 << 40 else 0,
+            "pages": pages("max_memkb"),
+            "target": pages("target_memkb"),
             "vcpus": vcpus if isinstance(vcpus, int) else XEN_LEGACY_MAX_VCPUS,
             "deterministic": get("xsave", "deterministic"),
             "builtin": get("xsave", "guest") == "builtin",

@@ -69,18 +69,21 @@ class Building:
         )
         domain.console.listeners.append(running.control.console_output)
         running.hypervisor = Hypervisor(domain, table())
-        self._fill_store(domain)
+        self._fill_store(domain, int(arguments["target_pages"]))
         return {"shared_info_mfn": domain.shared_info_mfn}, b""
 
-    def _fill_store(self, domain: Domain) -> None:
-        """The nodes a PV guest expects, as libxl writes them."""
+    def _fill_store(self, domain: Domain, target_pages: int) -> None:
+        """The nodes a PV guest expects, as libxl writes them.
+
+        A balloon driver follows memory/target at once when it resumes.
+        """
         domain.store.introduce(domain.domid)
         nodes = {
             "name": self._running.name,
             "domid": str(domain.domid),
             **{f"cpu/{vcpu.id}/availability": "online" for vcpu in domain.vcpus},
             "memory/static-max": str(domain.max_pages * 4),
-            "memory/target": str(domain.max_pages * 4),
+            "memory/target": str(target_pages * 4),
             "device": "",
             "control/shutdown": "",
             "control/platform-feature-multiprocessor-suspend": "1",

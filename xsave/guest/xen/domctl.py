@@ -224,13 +224,23 @@ class Domctl:
     # -- building, for a restore ---
 
     def begin(
-        self, *, nr_vcpus: int, max_pages: int, deterministic: bool = False, builtin: bool = False
+        self,
+        *,
+        nr_vcpus: int,
+        max_pages: int,
+        target_pages: int | None = None,
+        deterministic: bool = False,
+        builtin: bool = False,
     ) -> None:
-        """Make the empty domain. Raises HostCannotTake, OutOfFrames."""
+        """Make the empty domain; a ballooned guest keeps to target_pages (all, if None).
+
+        Raises HostCannotTake, OutOfFrames.
+        """
         message, _ = self._call(
             "begin",
             nr_vcpus=nr_vcpus,
             max_pages=max_pages,
+            target_pages=max_pages if target_pages is None else target_pages,
             deterministic=deterministic,
             builtin=builtin,
         )
