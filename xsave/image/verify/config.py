@@ -82,8 +82,12 @@ def _vcpu_faults(image: Image, b_info: dict[str, Any]) -> list[str]:
 
 
 def _memory_faults(image: Image, b_info: dict[str, Any]) -> list[str]:
-    """Memory may be left out (libxl has a default), and too much of it does no harm."""
-    limit = max(_number(b_info, "max_memkb", 0), _number(b_info, "target_memkb", 0))
+    """Memory may be left out (libxl has a default), and too much of it does no harm.
+
+    The limit is what a ballooned guest was told to keep to (libxl__build_pre), whatever it may
+    grow to later: Xen refuses more, and the restore fails.
+    """
+    limit = _number(b_info, "target_memkb", 0) or _number(b_info, "max_memkb", 0)
     needed = 4 * len(image.frames.populated)
     if not limit or needed <= limit + _SLACK_KB:
         return []
