@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
 from tests.guest.pagetable_model import CODE, FORBIDDEN, REFUSED, XEN_ENTRIES
