@@ -57,7 +57,6 @@ class EventChannels:
         self._shared = shared
         self._words = memoryview(tables.machine.map).cast("I")
         self.ports: dict[int, Port] = {}
-        self._next = 1
         self._fifo: dict[int, FifoQueues] = {}
         self._array: list[int] = []  # machine addresses of the event array's pages
 
@@ -98,6 +97,9 @@ class EventChannels:
         """EVTCHNOP_reset: close all, back to the 2-level ABI."""
         for number in list(self.ports):
             self.close(number)
+        pages = [queues.control for queues in self._fifo.values()] + self._array
+        for address in pages:
+            self._tables.put_type(address >> 12)
         self._fifo.clear()
         self._array.clear()
 
