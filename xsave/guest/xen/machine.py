@@ -36,7 +36,7 @@ from xsave.frames import (
     PTE_PSE,
     PTE_USER,
 )
-from xsave.guest.xen.residency import touched_pages
+from xsave.guest.xen.residency import mark_touched
 
 DOMID_FREE = 0x7FF4  # DOMID_INVALID
 DOMID_XEN = 0x7FF2
@@ -184,15 +184,14 @@ class Machine:
 
         Nothing is read, and so nothing allocated (see residency.py).
         """
+        chunks = np.zeros(-(-self.nr_frames // CHUNK_FRAMES) + 2, bool)
+        chunks[mfns // CHUNK_FRAMES + 1] = True
+        edges = np.flatnonzero(np.diff(chunks)) * CHUNK_FRAMES
+        ends = np.minimum(edges[1::2], self.nr_frames)
+        runs = zip(edges[::2].tolist(), (ends - edges[::2]).tolist(), strict=True)
         touched = np.zeros(self.nr_frames, bool)
-        chunks = np.unique(mfns.astype(np.int64) // CHUNK_FRAMES)
-        breaks = np.flatnonzero(np.diff(chunks) != 1) + 1
-        for run in np.split(chunks, breaks) if chunks.size else ():
-            first = int(run[0]) * CHUNK_FRAMES
-            nr = min((int(run[-1]) + 1) * CHUNK_FRAMES, self.nr_frames) - first
-            touched[first : first + nr] = touched_pages(
-                self.directory / "machine.mem", self.pages.ctypes.data, first, nr
-            )
+        path = self.directory / "machine.mem"
+        mark_touched(path, self.pages.ctypes.data, runs, touched)
         return touched[mfns]
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -22,21 +23,31 @@ _SYSINFO_TOTALSWAP, _SYSINFO_FREESWAP = 8, 9  # of struct sysinfo, in longs
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
-def touched_pages(path: Path, address: int, first: int, nr: int) -> np.ndarray:
-    """Return (nr,) bool for the pages of a file from page `first` on, mapped at `address`.
+def mark_touched(
+    path: Path, address: int, runs: Iterable[tuple[int, int]], touched: np.ndarray
+) -> None:
+    """Fill touched[first : first + nr] for each run (first, nr) of pages of a file.
 
-    False only for pages that are holes and hold zeros.
+    The file is mapped at `address`; touched is bool, one per page of the file. False only for
+    pages that are holes and hold zeros.
     """
-    if _all_in_memory(path):
-        vector = np.zeros(nr, np.uint8)
-        failed = _libc.mincore(
-            ctypes.c_void_p(address + (first << PAGE_SHIFT)),
-            ctypes.c_size_t(nr << PAGE_SHIFT),
-            ctypes.c_void_p(vector.ctypes.data),
-        )
-        if not failed and not _swap_in_use():
-            return (vector & 1).astype(bool)
-    return _data_pages(path, first, nr)
+    runs = list(runs)
+    if _all_in_memory(path) and _mincore(address, runs, touched) and not _swap_in_use():
+        return
+    for first, nr in runs:
+        touched[first : first + nr] = _data_pages(path, first, nr)
+
+
+def _mincore(address: int, runs: list[tuple[int, int]], touched: np.ndarray) -> bool:
+    """Ask what is in memory; return whether the kernel answered."""
+    vector = np.empty(max((nr for _, nr in runs), default=0), np.uint8)
+    answer = ctypes.c_void_p(vector.ctypes.data)
+    for first, nr in runs:
+        start = ctypes.c_void_p(address + (first << PAGE_SHIFT))
+        if _libc.mincore(start, ctypes.c_size_t(nr << PAGE_SHIFT), answer):
+            return False
+        touched[first : first + nr] = vector[:nr] & 1
+    return True
 
 
 def _all_in_memory(path: Path) -> bool:
