@@ -7,6 +7,7 @@ and the bytes are those any Xen reads; a pipe gets them written.
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import os
 import select
@@ -24,6 +25,12 @@ from xsave.image.buffers import Buffer, Zeros, nbytes
 _MAX_BUFFERS = 512
 _MAX_BYTES = 1 << 30
 _ZEROS = memoryview(bytes(1 << 20))
+#: Fewer zeros than this are written: their hole would free few blocks and cost a system call.
+_MIN_HOLE_BYTES = 16 << 10
+#: The disk is set to work each time so much was written, that `commit` has less to wait for.
+_WRITEBACK_BYTES = 16 << 20
+_SYNC_FILE_RANGE_WRITE = 2
+_libc = ctypes.CDLL(None)
 
 
 class Sink:
@@ -68,6 +75,7 @@ class FileSink(Sink):
         super().__init__(path)
         self._target = os.path.realpath(path)  # a symbolic link stays one
         self._directory = os.path.dirname(self._target)  # noqa: PTH120
+        self._flushed = 0  # up to where the disk was told to begin
         prefix = f".{Path(self._target).name[:200]}."
         try:
             self._fd, self._temporary = tempfile.mkstemp(prefix=prefix, dir=self._directory)
@@ -78,11 +86,12 @@ class FileSink(Sink):
     def write(self, buffers: Iterable[Buffer]) -> None:
         """Append the buffers; zeros become holes."""
         try:
-            for batch in _batches(buffers):
+            for batch in _batches(buffers, _MIN_HOLE_BYTES):
                 if isinstance(batch, Zeros):
                     self.position += batch.nbytes
                 else:
                     self._write_all(batch)
+                    self._start_writeback()
         except OSError as error:
             self._fail(error)
 
@@ -91,6 +100,14 @@ class FileSink(Sink):
             written = os.pwritev(self._fd, views, self.position)
             self.position += written
             views = _behind(views, written)
+
+    def _start_writeback(self) -> None:
+        """A mere hint, of no meaning on a file system in memory: its failure is no error."""
+        behind = self.position - self._flushed
+        if behind >= _WRITEBACK_BYTES and hasattr(_libc, "sync_file_range"):
+            start, length = ctypes.c_int64(self._flushed), ctypes.c_int64(behind)
+            _libc.sync_file_range(self._fd, start, length, _SYNC_FILE_RANGE_WRITE)
+            self._flushed = self.position
 
     def precheck(self, nbytes: int) -> None:
         """Raise StorageError unless the file system has that many bytes free."""
@@ -199,20 +216,24 @@ def _fsync_directory(directory: str) -> None:
         os.close(fd)
 
 
-def _batches(buffers: Iterable[Buffer]) -> Iterator[list[memoryview] | Zeros]:
-    """Yield lists of views for one system call each, and the Zeros between them."""
+def _batches(buffers: Iterable[Buffer], min_hole: int = 0) -> Iterator[list[memoryview] | Zeros]:
+    """Yield lists of views for one system call each, and the Zeros between them.
+
+    Zeros of less than min_hole bytes (at most 1 MiB) are views too.
+    """
     views: list[memoryview] = []
     size = 0
     for buffer in buffers:
         length = nbytes(buffer)
-        is_zeros = isinstance(buffer, Zeros)
+        is_zeros = isinstance(buffer, Zeros) and length >= min_hole
         if views and (is_zeros or len(views) == _MAX_BUFFERS or size + length > _MAX_BYTES):
             yield views
             views, size = [], 0
         if is_zeros:
             yield buffer
         elif length:
-            views.append(memoryview(buffer).cast("B"))
+            is_short = isinstance(buffer, Zeros)
+            views.append(_ZEROS[:length] if is_short else memoryview(buffer).cast("B"))
             size += length
     if views:
         yield views
