@@ -37,7 +37,9 @@ LAYERS = {
         "xsave.host",
         "xsave.guest.xen.domctl",
     },
-    "xsave.save": FLOW | {"xsave.p2m"},
+    "xsave.save": FLOW | {"xsave.p2m", "xsave.gathering", "xsave.behind"},
+    "xsave.gathering": FLOW,
+    "xsave.behind": {"xsave.image"},
     "xsave.restore": FLOW
     | {"xsave.guest.xen.cpuid", "xsave.parts", "xsave.placing", "xsave.settling"},
     "xsave.parts": {"xsave.image"},

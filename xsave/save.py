@@ -15,22 +15,24 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
-from itertools import pairwise
 
 import numpy as np
 
 from xsave import p2m as guest_p2m
+from xsave.behind import WriteBehind
 from xsave.canonical import canonical_p2m, canonicalise, mfns_to_pfns
 from xsave.errors import GuestStateError, XsaveError
-from xsave.frames import INVALID_P2M_ENTRY, PAGE_SIZE, PageType
+from xsave.frames import INVALID_P2M_ENTRY, PageType
+from xsave.gathering import Gatherer, Patches
 from xsave.guest.xen.domctl import DomainState, Domctl, VcpuState
 from xsave.image import libxc
-from xsave.image.buffers import Buffer, Write, Zeros, nbytes
+from xsave.image.buffers import Buffer, Write, nbytes
 from xsave.image.stream import StreamEncoder
 from xsave.progress import Finished, Pages, Report, Stage, ignore
 from xsave.public import SharedInfo, StartInfo, VcpuGuestContext
 
-BATCH = 1024
+#: Batches that wait to be written, or are being written, while the next one is gathered.
+_WRITE_DEPTH = 3
 GUEST_WIDTH, PT_LEVELS = 8, 4
 _INVALID = np.uint64(INVALID_P2M_ENTRY)
 
@@ -182,39 +184,16 @@ class Writer:
         backed = p2m != _INVALID
         types = np.full(p2m.size, PageType.XTAB, np.uint8)
         types[backed] = self._domctl.page_types(p2m[backed])
-        touched = np.zeros(p2m.size, bool)
-        touched[backed] = self._machine.resident(p2m[backed])
         patches = self._patches(found, types, start_info_pfn, state)
-        patched = np.zeros(p2m.size, bool)
-        patched[list(patches)] = True
-        buffer = np.empty((BATCH, PAGE_SIZE // 8), np.uint64)
-        for first in range(0, p2m.size, BATCH):
-            pfns = np.arange(first, min(first + BATCH, p2m.size), dtype=np.uint64)
-            here = slice(first, first + pfns.size)
-            rows = np.flatnonzero(backed[here])
-            content = buffer[: rows.size]
-            full = self._gather(p2m[here][rows], touched[here][rows], content)
-            for row in np.flatnonzero(patched[here][rows]):
-                content[row] = patches[first + int(rows[row])]
-                full[row] = content[row].any()
-            self._write(StreamEncoder.page_data_header(pfns, types[here]), *_runs(content, full))
-            self.nr_pages += rows.size
-            self.zero_pages += rows.size - int(np.count_nonzero(full))
-            done = first + pfns.size
-            self._report(Pages("save", done, p2m.size, self.image_bytes, self.zero_pages))
-
-    def _gather(self, mfns: np.ndarray, touched: np.ndarray, out: np.ndarray) -> np.ndarray:
-        """Copy the touched frames into their rows of out; return (n,) bool: rows not all zero."""
-        if touched.all():
-            np.take(self._machine.mem, mfns.astype(np.intp), axis=0, out=out, mode="clip")
-            return np.bitwise_or.reduce(out, axis=1) != 0
-        full = np.zeros(mfns.size, bool)
-        rows = np.flatnonzero(touched)
-        if rows.size:
-            out[rows] = self._machine.mem[mfns[rows]]
-            full[rows] = np.bitwise_or.reduce(out[rows], axis=1) != 0
-        out[~touched] = 0
-        return full
+        gatherer = Gatherer(self._domctl, p2m, types, patches, _WRITE_DEPTH + 1)
+        with WriteBehind(self._sink, _WRITE_DEPTH) as write:
+            for batch in gatherer:
+                write(batch.buffers)
+                self.nr_pages += batch.nr_pages
+                self.zero_pages += batch.zero_pages
+                self.image_bytes += sum(map(nbytes, batch.buffers))
+                done = batch.end_pfn
+                self._report(Pages("save", done, p2m.size, self.image_bytes, self.zero_pages))
 
     def _patches(
         self,
@@ -222,14 +201,12 @@ class Writer:
         types: np.ndarray,
         start_info_pfn: int,
         state: DomainState,
-    ) -> dict[int, np.ndarray]:
-        """Return the pages whose content is not their frame's: pfn -> (512,) u64."""
-        patches = dict(zip(found.frames.tolist(), canonical_p2m(self._p2m), strict=True))
+    ) -> Patches:
+        """Return the pages that Xen's numbers or the host's are in, as an image holds them."""
         mem, p2m = self._machine.mem, self._p2m
-        for pfn in found.list_frames.tolist():
-            pfns, valid = mfns_to_pfns(mem[p2m[pfn]], self._machine.m2p, p2m)
-            patches[pfn] = np.where(valid, pfns, np.uint64(0))
-        patches[start_info_pfn] = self._start_info(start_info_pfn, state)
+        pfns, valid = mfns_to_pfns(mem[p2m[found.list_frames]], self._machine.m2p, p2m)
+        lists = np.where(valid, pfns, np.uint64(0))
+        start_info = self._start_info(start_info_pfn, state)
         tables = np.flatnonzero((types & 7 != 0) & (types < PageType.BROKEN))
         result = canonicalise(mem[p2m[tables]], types[tables] & 7, self._machine.m2p, p2m)
         if result.bad.size:
@@ -239,8 +216,14 @@ class Writer:
                 f"the level-{types[tables[row]] & 7} page table at pfn {tables[row]:#x} names a "
                 f"frame that is not the guest's: entry {slot} is {entry:#x}"
             )
-        patches.update(zip(tables.tolist(), result.tables, strict=True))
-        return patches
+        return Patches.of(
+            (
+                (found.frames, canonical_p2m(p2m)),
+                (found.list_frames, lists),
+                (np.array([start_info_pfn]), start_info.reshape(1, -1)),
+                (tables, result.tables),
+            )
+        )
 
     def _start_info(self, pfn: int, state: DomainState) -> np.ndarray:
         """The page as a restore leaves it, but for what the new host fills in: zeros there."""
@@ -264,12 +247,3 @@ def normalise_shared_info(shared: SharedInfo) -> None:
     for info in shared.vcpu_info:
         info.evtchn_pending_sel = 0
         info.evtchn_upcall_mask = 1
-
-
-def _runs(content: np.ndarray, full: np.ndarray) -> list[Buffer]:
-    """Cut rows into runs of full and of zero pages: views and Zeros."""
-    if not full.size:
-        return []
-    breaks = np.flatnonzero(np.diff(full)) + 1
-    edges = [0, *breaks.tolist(), full.size]
-    return [content[a:b] if full[a] else Zeros((b - a) * PAGE_SIZE) for a, b in pairwise(edges)]
