@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 
 from xsave.errors import ImageError
-from xsave.frames import INVALID_P2M_ENTRY, PageType
+from xsave.frames import INVALID_P2M_ENTRY, PAGE_SIZE, PageType
 from xsave.guest.xen.domctl import Domctl
 from xsave.image.pages import PageBatch, has_data, zero_pages
 
@@ -28,6 +28,7 @@ class Memory:
         self.p2m = np.full(p2m_size, _INVALID, np.uint64)
         self.types = np.full(p2m_size, PageType.XTAB, np.uint8)
         self._written = np.zeros(p2m_size, bool)
+        self._offsets = np.zeros(p2m_size, np.uint64)
         self._pool = np.empty(0, np.uint64)
         self.nr_populated = 0
 
@@ -45,7 +46,14 @@ class Memory:
         self.types[batch.pfns] = batch.types
         with_frame = (batch.types != PageType.XTAB) & (batch.types != PageType.BROKEN)
         self.populate(batch.pfns[with_frame])
-        self._copy(batch.pfns[has_data(batch.types)], batch.pages, zero)
+        with_data = batch.pfns[has_data(batch.types)]
+        where = np.arange(with_data.size, dtype=np.uint64) * np.uint64(PAGE_SIZE)
+        self._offsets[with_data] = where + np.uint64(batch.pages_offset)
+        self._copy(with_data, batch.pages, zero)
+
+    def offset_of(self, pfn: int) -> int | None:
+        """Return where in the image the page's bytes were, None if it came with none."""
+        return int(self._offsets[pfn]) or None
 
     def populate(self, pfns: np.ndarray) -> None:
         """Give frames to those of the pfns that have none yet (populate_pfns)."""

@@ -236,7 +236,11 @@ class Reader:
         try:
             config = json.loads(self._parts.config or b"{}")
         except (ValueError, RecursionError) as e:
-            raise ImageError(f"the configuration is no JSON ({e})", record="xl header") from e
+            raise ImageError(
+                f"the configuration is no JSON ({e})",
+                offset=xl.CONFIG_OFFSET,
+                record=xl.XlHeader.NAME,
+            ) from e
 
         def get(*path: str) -> Any:
             value: Any = config
@@ -268,7 +272,11 @@ class Reader:
             config = {}
         info = config.setdefault("c_info", {})
         if not isinstance(info, dict):
-            raise ImageError("the configuration's c_info is no object", record="xl header")
+            raise ImageError(
+                "the configuration's c_info is no object",
+                offset=xl.CONFIG_OFFSET,
+                record=xl.XlHeader.NAME,
+            )
         info.setdefault("type", "pv")
         info["name"] = name
         config.setdefault("b_info", {"type.pv": {}})

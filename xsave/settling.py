@@ -8,6 +8,7 @@ guest. Errors name the record's offset where one is to blame, else the pfn.
 from __future__ import annotations
 
 import ctypes
+from typing import NoReturn
 
 import numpy as np
 
@@ -16,6 +17,7 @@ from xsave.errors import HostCannotTake, ImageError
 from xsave.frames import INVALID_P2M_ENTRY, PAGE_SHIFT, PAGE_SIZE, PTE_PSE, TYPE_PIN, PageType
 from xsave.guest.xen.domctl import DomainState, Domctl, VcpuState
 from xsave.image import libxc
+from xsave.image.pages import PageBatch
 from xsave.image.stream import Item
 from xsave.parts import Parts
 from xsave.placing import Memory
@@ -49,12 +51,9 @@ class Settler:
         registers = contexts[0].user_regs
         self._write_start_info(registers.rdx)
         registers.rdx, registers.rax = self._mfn(registers.rdx), 0
-        try:
-            self._pin()
-            for vcpu_id, context in contexts.items():
-                self._domctl.set_vcpu(self._vcpu_state(vcpu_id, context))
-        except HostCannotTake as e:
-            raise ImageError(f"the guest's state is inconsistent: {e}") from e
+        self._pin()
+        for vcpu_id, context in contexts.items():
+            self._set_vcpu(vcpu_id, context)
         self._domctl.set_state(state)
 
     # -- page tables ---
@@ -71,10 +70,8 @@ class Settler:
         wrong = upper & (levels[np.where(upper, targets, 0)] != here - 1)
         if wrong.any():
             i = int(np.flatnonzero(wrong)[0])
-            raise ImageError(
-                f"entry {slots[i]} of the level-{here[i]} page table at pfn {pfns[rows[i]]:#x} "
-                f"names pfn {targets[i]:#x}, which is no page table of level {here[i] - 1}"
-            )
+            what = f"pfn {targets[i]:#x}, which is no page table of level {here[i] - 1}"
+            self._refuse_entry(int(pfns[rows[i]]), int(slots[i]), what)
         memory.populate(np.unique(targets))
         machine.mem[memory.p2m[pfns]] = localise(tables, memory.p2m)
 
@@ -92,17 +89,41 @@ class Settler:
         for bad, what in ((outside, "a pfn outside the p2m"), (superpage, "a superpage")):
             if bad.any():
                 i = int(np.flatnonzero(bad)[0])
-                raise ImageError(
-                    f"entry {slots[i]} of the level-{here[i]} page table at pfn "
-                    f"{pfns[rows[i]]:#x} names {what}",
-                    expected=f"a pfn below {self._memory.p2m.size:#x}",
-                    found=f"{int(tables[rows[i], slots[i]]):#x}",
-                )
+                value = f"{int(tables[rows[i], slots[i]]):#x}"
+                expected = f"a pfn below {self._memory.p2m.size:#x}"
+                self._refuse_entry(int(pfns[rows[i]]), int(slots[i]), what, expected, value)
+
+    def _refuse_entry(
+        self,
+        pfn: int,
+        slot: int,
+        what: str,
+        expected: str | None = None,
+        found: str | None = None,
+    ) -> NoReturn:
+        level = self._memory.types[pfn] & 7
+        offset = self._memory.offset_of(pfn)
+        raise ImageError(
+            f"entry {slot} of the level-{level} page table at pfn {pfn:#x} names {what}",
+            offset=None if offset is None else offset + 8 * slot,
+            record=PageBatch.NAME,
+            expected=expected,
+            found=found,
+        )
 
     def _pin(self) -> None:
         types = self._memory.types
         pinned = np.flatnonzero((types & TYPE_PIN != 0) & (types < PageType.BROKEN))
-        self._domctl.pin(self._memory.p2m[pinned], types[pinned] & 7)
+        try:
+            self._domctl.pin(self._memory.p2m[pinned], types[pinned] & 7)
+        except HostCannotTake as e:
+            pfn = e.facts.get("pfn")
+            offset = self._memory.offset_of(pfn) if isinstance(pfn, int) else None
+            raise ImageError(
+                f"the guest's page tables are inconsistent: {e}",
+                offset=offset,
+                record=PageBatch.NAME,
+            ) from e
 
     # -- single pages ---
 
@@ -154,8 +175,9 @@ class Settler:
         self._require_plain(pfn, "start_info (vCPU 0's rdx)", self._basic(0).offset)
         page = self._machine.pages[self._mfn(pfn)]
         info = StartInfo.from_buffer_copy(page.tobytes())
-        for ring, ring_pfn in (("xenstore", info.store_mfn), ("console", info.console_mfn)):
-            self._require_plain(ring_pfn, f"the {ring} ring in start_info")
+        for ring, field in (("xenstore", "store_mfn"), ("console", "console_mfn")):
+            offset = (self._memory.offset_of(pfn) or 0) + getattr(StartInfo, field).offset
+            self._require_plain(getattr(info, field), f"the {ring} ring in start_info", offset)
         info.store_mfn, info.console_mfn = self._mfn(info.store_mfn), self._mfn(info.console_mfn)
         info.store_evtchn, info.console_evtchn = self._domctl.connect_rings(
             info.store_mfn, info.console_mfn
@@ -209,6 +231,19 @@ class Settler:
                 found=f"type {found:#x}",
             )
         return self._mfn(pfn)
+
+    def _set_vcpu(self, vcpu_id: int, context: VcpuGuestContext) -> None:
+        try:
+            self._domctl.set_vcpu(self._vcpu_state(vcpu_id, context))
+        except HostCannotTake as e:
+            is_xsave = e.facts.get("part") == "xsave"
+            name = libxc.X86PvVcpuXsave.NAME if is_xsave else libxc.X86PvVcpuBasic.NAME
+            item = self._parts.vcpus[vcpu_id][name]
+            raise ImageError(
+                f"the guest's state is inconsistent: {e}",
+                offset=item.offset,
+                record=item.value.NAME,
+            ) from e
 
     def _vcpu_state(self, vcpu_id: int, context: VcpuGuestContext) -> VcpuState:
         def blob(record: str) -> bytes:

@@ -110,7 +110,7 @@ class Building:
             raise HostCannotTake(f"vCPU {vcpu_id} of a domain with {len(domain.vcpus)}")
         vcpu = domain.vcpus[vcpu_id]
         if fault := xsave_fault(xsave):
-            raise HostCannotTake(f"vCPU {vcpu.id}'s XSAVE state: {fault}")
+            raise HostCannotTake(f"vCPU {vcpu.id}'s XSAVE state: {fault}", part="xsave")
         if wrong := adopt_context(domain, vcpu, context):
             raise HostCannotTake(wrong)
         vcpu.initialised = vcpu.online = True
@@ -130,7 +130,8 @@ class Building:
             if rc := domain.tables.pin(mfn, level):
                 pfn = int(domain.machine.m2p[mfn]) if domain.tables.owned(mfn) else mfn
                 raise HostCannotTake(
-                    f"the page table at pfn {pfn:#x} is no valid table of level {level} ({rc})"
+                    f"the page table at pfn {pfn:#x} is no valid table of level {level} ({rc})",
+                    pfn=pfn,
                 )
         return {}, b""
 

@@ -24,6 +24,8 @@ FLAG_STREAM_V2 = 1 << 1
 KNOWN_FLAGS = FLAG_JSON | FLAG_STREAM_V2
 #: Bytes in front of the optional data.
 FIXED_SIZE = 48
+#: Where in the file the configuration's text begins.
+CONFIG_OFFSET = FIXED_SIZE + 4
 #: A configuration longer than this is no configuration.
 MAX_OPTIONAL_DATA = 16 << 20
 

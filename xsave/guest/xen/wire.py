@@ -86,4 +86,6 @@ def raise_error(message: dict[str, Any]) -> None:
         raise SuspendFailed(message["message"], stage=facts["stage"])
     if kind == OutOfFrames.__name__:
         raise OutOfFrames(**facts)
-    raise getattr(errors, kind, GuestStateError)(message["message"])
+    error: type[XsaveError] = getattr(errors, kind, GuestStateError)
+    plain = error.__init__ is XsaveError.__init__
+    raise error(message["message"], **(facts if plain else {}))
