@@ -30,7 +30,7 @@ from xsave.guest.xen import machine as xen_machine
 from xsave.guest.xen.domctl import DomainInfo, Domctl
 from xsave.guest.xen.machine import Machine
 from xsave.host import paths
-from xsave.host.registry import DomainRecord, alive, connect_socket, write_record
+from xsave.host.registry import DomainRecord, alive, connect_socket, ending, write_record
 
 DEFAULT_HOST = "localhost"
 DEFAULT_MEMORY_BYTES = 8 << 30
@@ -170,7 +170,7 @@ class Host:
         """Reap, after waiting a moment for domains that are on their way out."""
         deadline = time.monotonic() + _DYING_WAIT_S
         while time.monotonic() < deadline and any(
-            (d / "dying").exists() and alive(d) for d in (self.directory / "domains").iterdir()
+            ending(d) for d in (self.directory / "domains").iterdir()
         ):
             time.sleep(0.002)
         with self.registry_lock():

@@ -45,6 +45,14 @@ def alive(directory: Path) -> bool:
     return False
 
 
+def ending(directory: Path) -> bool:
+    """True while the process of a domain that is given up still lives.
+
+    Either file may go first when the directory is removed."""
+    given_up = (directory / "dying").exists() or not (directory / "domain.json").exists()
+    return given_up and alive(directory)
+
+
 def write_record(directory: Path, **record: Any) -> None:
     """Write domain.json, atomically."""
     making = directory / ".domain.json"

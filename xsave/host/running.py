@@ -61,5 +61,6 @@ class RunningDomain:
         """Free the frames and forget the domain; `dying` lets the next command wait for it."""
         with contextlib.suppress(OSError):
             (self.directory / "dying").touch()
+            (self.directory / "domain.json").unlink()  # before the rest, which takes a moment
         self.machine.free_domain(self.domid)
         shutil.rmtree(self.directory, ignore_errors=True)
