@@ -62,7 +62,7 @@ def parse(data: bytes, name: str) -> Kernel:
         if header[0][4:6] != b"\x02\x01" or header[2] != 62:
             raise _bad(name, "expected a little-endian x86-64 ELF")
         programs = [_PHDR.unpack_from(data, header[5] + i * header[9]) for i in range(header[10])]
-    except struct.error as e:
+    except (struct.error, OverflowError) as e:
         raise _bad(name, "the ELF file is truncated") from e
     segments: list[Segment] = []
     notes: dict[int, int] = {}
