@@ -42,7 +42,7 @@ def test_segments_and_notes_of_a_small_kernel():
     numbers, strings are zeros, other owners' are ignored, and the last of a kind wins."""
     more = (
         note(elf.NOTE_XEN_VERSION, b"xen-3.0\0\0\0\0\0")
-        + note(elf.NOTE_INIT_P2M, struct.pack("<Q", 5), name=b"GNU\0")
+        + note(elf.NOTE_INIT_P2M, struct.pack("<Q", 5), name=b"GNU's\0")
         + note(elf.NOTE_MOD_START_PFN, struct.pack("<I", 1))
         + number(elf.NOTE_ENTRY, 0x77)
     )
