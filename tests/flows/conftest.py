@@ -7,7 +7,7 @@ import shutil
 import pytest
 
 from tests.conftest import end_processes, make_home
-from tests.flows import flow
+from tests.flows import flow, forked
 from xsave.host.host import add_host
 
 
@@ -30,3 +30,28 @@ def builtin_image(tmp_path_factory):
 def host(xsave_home):
     """A host of 64 MiB."""
     return add_host("a", 64 * flow.MIB, seed=9)
+
+
+@pytest.fixture(scope="module")
+def world():
+    """A host of 16 MiB and the forked domain processes on it, for all tests of a module."""
+    home = make_home()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XSAVE_HOME", str(home))
+        yield add_host("a", 16 * flow.MIB, seed=1), forked.Forks(patch)
+    end_processes(home)
+    shutil.rmtree(home)
+
+
+@pytest.fixture
+def localhost(xsave_home):
+    """A small localhost, where the commands look for domains."""
+    return add_host("localhost", 64 * flow.MIB, seed=6)
+
+
+@pytest.fixture
+def guest(localhost):
+    """The localhost with a guest g that has ticked."""
+    flow.create(localhost)
+    flow.wait_for_tick(localhost)
+    return localhost

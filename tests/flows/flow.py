@@ -21,6 +21,8 @@ from xsave.guest.xen.machine import DOMID_FREE
 from xsave.host import create as host_create
 from xsave.host.channel import open_sink, open_source
 from xsave.host.spawn import spawn
+from xsave.image.buffers import reader
+from xsave.image.stream import StreamDecoder
 from xsave.restore import restore as restore_flow
 from xsave.save import save as save_flow
 
@@ -132,3 +134,21 @@ def nothing_is_left(host):
         assert not column[frames].any()
     assert not machine.resident(np.arange(machine.first_frame, host.nr_frames)).any()
     wait_for(lambda: not processes(host))
+
+
+def runs_on(host, name="g"):
+    """Assert that the guest runs, ticks, and never missed or repeated a tick."""
+    wait_for(lambda: state(host, name) == "running")
+    text = wait_for_tick(host, name, after=max(ticks(console(host, name)), default=0))
+    numbers = ticks(text)
+    assert numbers == list(range(numbers[0], numbers[0] + len(numbers)))
+    assert "CHECK FAILED" not in text
+    assert len(processes(host)) == 1
+
+
+def is_complete(image):
+    """Whether a file is a whole image, to its last byte."""
+    decoder = StreamDecoder(reader(image.read_bytes()))
+    for _ in decoder:
+        pass
+    return decoder.tail(1) == b""
