@@ -1,8 +1,8 @@
 """Write-behind: buffers are written, in order, by a thread, while the next ones are prepared.
 
-System calls and compressors work without the GIL, so gathering the next batch of pages and
-writing the last one take two cores. A buffer must stay as it is until it is written: whoever
-calls with `depth` + 1 rooms in turn may fill the first again when the call returns.
+System calls and compressors work without the GIL, so looking at the next batch of pages and
+writing the last one take two cores. A buffer must stay as it is until it is written: at most
+`depth` calls ago, or until the block ends.
 """
 
 from __future__ import annotations

@@ -31,8 +31,8 @@ from xsave.image.stream import StreamEncoder
 from xsave.progress import Finished, Pages, Report, Stage, ignore
 from xsave.public import SharedInfo, StartInfo, VcpuGuestContext
 
-#: Batches that wait to be written, or are being written, while the next one is gathered.
-_WRITE_DEPTH = 3
+#: Batches that wait to be written, or are being written, while the next one is looked at.
+_WRITE_DEPTH = 4
 GUEST_WIDTH, PT_LEVELS = 8, 4
 _INVALID = np.uint64(INVALID_P2M_ENTRY)
 
@@ -185,7 +185,7 @@ class Writer:
         types = np.full(p2m.size, PageType.XTAB, np.uint8)
         types[backed] = self._domctl.page_types(p2m[backed])
         patches = self._patches(found, types, start_info_pfn, state)
-        gatherer = Gatherer(self._domctl, p2m, types, patches, _WRITE_DEPTH + 1)
+        gatherer = Gatherer(self._domctl, p2m, types, patches)
         with WriteBehind(self._sink, _WRITE_DEPTH) as write:
             for batch in gatherer:
                 write(batch.buffers)

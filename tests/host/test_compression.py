@@ -15,7 +15,7 @@ from xsave.errors import ImageError, StorageError
 from xsave.host.channel import open_sink, open_source
 from xsave.host.compression import ZstdSource
 from xsave.host.source import Source
-from xsave.image.buffers import Zeros, reader
+from xsave.image.buffers import Rows, Zeros, reader
 from xsave.image.zstdseek import FRAME_CONTENT, parse_seek_table
 
 RANDOM = np.random.default_rng(3).bytes(2_500_000)
@@ -126,14 +126,25 @@ def test_a_frame_that_lies_about_its_content():
             decompress(lying)
 
 
+FRAMES = np.random.default_rng(1).integers(0, 9, (99, 512), np.uint64)
+
 buffers = st.lists(
     st.one_of(
         st.binary(max_size=3000),
         st.builds(Zeros, st.integers(0, 5000) | st.just(3 * FRAME_CONTENT + 5)),
         st.integers(0, 900).map(lambda n: np.frombuffer(RANDOM, np.uint8)[: n * 1024]),
+        st.integers(0, 700).map(
+            lambda n: Rows(FRAMES, np.arange(7 * n, step=7, dtype=np.uint64) % np.uint64(99))
+        ),
     ),
     max_size=8,
 )
+
+
+def content(buffer):
+    if isinstance(buffer, Rows):
+        buffer = buffer.gather()
+    return bytes(buffer.nbytes) if isinstance(buffer, Zeros) else bytes(buffer)
 
 
 @given(buffers)
@@ -144,9 +155,7 @@ def test_round_trip(tmp_path_factory, given_buffers):
         sink.write(given_buffers)
         sink.commit()
         nr_bytes = sink.position
-    expected = b"".join(
-        bytes(b.nbytes) if isinstance(b, Zeros) else bytes(b) for b in given_buffers
-    )
+    expected = b"".join(map(content, given_buffers))
     assert nr_bytes == len(expected)
     sizes = parse_seek_table(path.read_bytes())
     assert sizes[:, 1].sum() == len(expected)

@@ -15,11 +15,12 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 
+import numpy as np
 import zstandard
 
 from xsave.host.sink import Sink
 from xsave.host.source import Source
-from xsave.image.buffers import Buffer, Zeros, nbytes
+from xsave.image.buffers import Buffer, Rows, Zeros, nbytes
 from xsave.image.zstdseek import FRAME_CONTENT, MAX_WINDOW, Piece, damaged, seek_table, walk
 
 #: A frame of more content is decompressed in pieces.
@@ -123,7 +124,11 @@ def _rest_of_frame(
 
 
 class CompressingSink(Sink):
-    """A sink that compresses what it is given into another one; `position` counts before that."""
+    """A sink that compresses what it is given into another one; `position` counts before that.
+
+    What it is given is gathered into blocks, of one frame's content each; they go round between
+    this thread, which fills them, and the pool.
+    """
 
     def __init__(self, sink: Sink, level: int) -> None:
         super().__init__(sink.name)
@@ -131,9 +136,10 @@ class CompressingSink(Sink):
         self._level = level
         self._pool = ThreadPoolExecutor(nr_workers(), "compress")
         self._local = threading.local()
-        self._pending: deque[tuple[int, Future[bytes]]] = deque()
+        self._pending: deque[tuple[Future[bytes], int, np.ndarray | None]] = deque()
         self._sizes: list[tuple[int, int]] = []
-        self._block = bytearray()
+        self._free: list[np.ndarray] = []
+        self._block, self._filled = np.empty(FRAME_CONTENT, np.uint8), 0
         self._zero_frame: Future[bytes] | None = None
 
     def write(self, buffers: Iterable[Buffer]) -> None:
@@ -141,58 +147,87 @@ class CompressingSink(Sink):
         for buffer in buffers:
             if isinstance(buffer, Zeros):
                 self._append_zeros(buffer.nbytes)
+            elif isinstance(buffer, Rows):
+                self._append_rows(buffer)
             elif nbytes(buffer):
-                self._append(memoryview(buffer).cast("B"))
+                self._append(np.frombuffer(buffer, np.uint8))
             self.position += nbytes(buffer)
 
-    def _append(self, view: memoryview) -> None:
-        while len(view):
-            room = FRAME_CONTENT - len(self._block)
-            self._block += view[:room]
-            view = view[room:]
-            self._flush_if(len(self._block) == FRAME_CONTENT)
+    def _room(self, wanted: int) -> np.ndarray:
+        """Return the next bytes of the block to fill, `wanted` of them at most."""
+        if self._filled == FRAME_CONTENT:
+            self._flush()
+        start = self._filled
+        self._filled = min(start + wanted, FRAME_CONTENT)
+        return self._block[start : self._filled]
+
+    def _append(self, data: np.ndarray) -> None:
+        while data.size:
+            room = self._room(data.size)
+            room[:] = data[: room.size]
+            data = data[room.size :]
+
+    def _append_rows(self, rows: Rows) -> None:
+        """Gather whole rows where they are wanted; one that is cut by a block's end, apart."""
+        width, index = rows.row_bytes, rows.index.astype(np.intp)
+        source = rows.source.view(np.uint8)
+        while index.size:
+            nr = min((FRAME_CONTENT - self._filled) // width, index.size)
+            if nr:
+                room = self._room(nr * width).reshape(nr, width)
+                np.take(source, index[:nr], axis=0, out=room, mode="clip")
+            else:
+                nr = 1
+                self._append(source[index[0]])
+            index = index[nr:]
 
     def _append_zeros(self, left: int) -> None:
         while left:
-            step = min(left, FRAME_CONTENT - len(self._block))
-            if step == FRAME_CONTENT:
-                if self._zero_frame is None:
-                    self._zero_frame = self._pool.submit(self._compress, bytes(FRAME_CONTENT))
-                self._queue(FRAME_CONTENT, self._zero_frame)
+            if self._filled == FRAME_CONTENT:
+                self._flush()
+            if self._filled or left < FRAME_CONTENT:
+                room = self._room(left)
+                room[:] = 0
+                left -= room.size
             else:
-                self._block += bytes(step)
-                self._flush_if(len(self._block) == FRAME_CONTENT)
-            left -= step
+                if self._zero_frame is None:
+                    self._zero_frame = self._pool.submit(self._compress, np.zeros_like(self._block))
+                self._queue(self._zero_frame, FRAME_CONTENT, None)
+                left -= FRAME_CONTENT
 
-    def _flush_if(self, is_due: bool) -> None:
-        if is_due:
-            block, self._block = self._block, bytearray()
-            self._queue(len(block), self._pool.submit(self._compress, block))
+    def _flush(self) -> None:
+        block, filled = self._block, self._filled
+        self._queue(self._pool.submit(self._compress, block[:filled]), filled, block)
+        self._block = self._free.pop() if self._free else np.empty(FRAME_CONTENT, np.uint8)
+        self._filled = 0
 
-    def _queue(self, content_bytes: int, frame: Future[bytes]) -> None:
-        self._pending.append((content_bytes, frame))
+    def _queue(self, frame: Future[bytes], content_bytes: int, block: np.ndarray | None) -> None:
+        self._pending.append((frame, content_bytes, block))
         if len(self._pending) > 4 * nr_workers():
             self._write_oldest()
 
     def _write_oldest(self) -> None:
-        content_bytes, frame = self._pending.popleft()
+        frame, content_bytes, block = self._pending.popleft()
         data = frame.result()
+        if block is not None:
+            self._free.append(block)
         self._sizes.append((len(data), content_bytes))
         self._sink.write([data])
 
-    def _compress(self, block: bytes | bytearray) -> bytes:
+    def _compress(self, content: np.ndarray) -> bytes:
         if not hasattr(self._local, "compressor"):
             self._local.compressor = zstandard.ZstdCompressor(
                 level=self._level, write_checksum=True, write_content_size=True
             )
-        return bytes(self._local.compressor.compress(block))
+        return bytes(self._local.compressor.compress(content))
 
     def precheck(self, nbytes: int) -> None:
         """Nothing can be said: the compressed size is not known."""
 
     def commit(self) -> None:
         """Compress the rest, write the table, commit the sink underneath."""
-        self._flush_if(bool(self._block))
+        if self._filled:
+            self._flush()
         while self._pending:
             self._write_oldest()
         self._pool.shutdown()

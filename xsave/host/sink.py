@@ -1,7 +1,7 @@
 """Where an image is written to: a file that appears only when it is complete, or a descriptor.
 
-`write(buffers)` takes what image/ makes: bytes, memoryviews, numpy arrays, `Zeros(n)`. It is
-done with the buffers when it returns. In a file zeros are skipped: a hole reads back as zeros,
+`write(buffers)` takes what image/ makes: bytes, memoryviews, numpy arrays, `Zeros(n)`, `Rows`. It
+is done with the buffers when it returns. In a file zeros are skipped: a hole reads back as zeros,
 and the bytes are those any Xen reads; a pipe gets them written.
 """
 
@@ -12,18 +12,18 @@ import errno
 import os
 import select
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import NoReturn, Self
 
+import numpy as np
+
 from xsave.errors import StorageError
 from xsave.host.oserror import storage_error
-from xsave.image.buffers import Buffer, Zeros, nbytes
+from xsave.host.vectors import behind, vectors, write_vectors
+from xsave.image.buffers import Buffer, Zeros
 
-#: Buffers and bytes of one system call, well below IOV_MAX and MAX_RW_COUNT.
-_MAX_BUFFERS = 512
-_MAX_BYTES = 1 << 30
 _ZEROS = memoryview(bytes(1 << 20))
 #: Fewer zeros than this are written: their hole would free few blocks and cost a system call.
 _MIN_HOLE_BYTES = 16 << 10
@@ -86,26 +86,26 @@ class FileSink(Sink):
     def write(self, buffers: Iterable[Buffer]) -> None:
         """Append the buffers; zeros become holes."""
         try:
-            for batch in _batches(buffers, _MIN_HOLE_BYTES):
-                if isinstance(batch, Zeros):
-                    self.position += batch.nbytes
+            for part in _parts(list(buffers), _MIN_HOLE_BYTES):
+                if isinstance(part, Zeros):
+                    self.position += part.nbytes
                 else:
-                    self._write_all(batch)
+                    self._write_all(vectors(part))
                     self._start_writeback()
         except OSError as error:
             self._fail(error)
 
-    def _write_all(self, views: list[memoryview]) -> None:
-        while views:
-            written = os.pwritev(self._fd, views, self.position)
+    def _write_all(self, left: np.ndarray) -> None:
+        while len(left):
+            written = write_vectors(self._fd, left, self.position)
             self.position += written
-            views = _behind(views, written)
+            left = behind(left, written)
 
     def _start_writeback(self) -> None:
         """A mere hint, of no meaning on a file system in memory: its failure is no error."""
-        behind = self.position - self._flushed
-        if behind >= _WRITEBACK_BYTES and hasattr(_libc, "sync_file_range"):
-            start, length = ctypes.c_int64(self._flushed), ctypes.c_int64(behind)
+        fresh = self.position - self._flushed
+        if fresh >= _WRITEBACK_BYTES and hasattr(_libc, "sync_file_range"):
+            start, length = ctypes.c_int64(self._flushed), ctypes.c_int64(fresh)
             _libc.sync_file_range(self._fd, start, length, _SYNC_FILE_RANGE_WRITE)
             self._flushed = self.position
 
@@ -169,24 +169,24 @@ class DescriptorSink(Sink):
 
     def write(self, buffers: Iterable[Buffer]) -> None:
         """Append the buffers; zeros are written."""
-        for batch in _batches(buffers):
-            if isinstance(batch, Zeros):
-                for views in _zero_batches(batch.nbytes):
-                    self._write_all(views)
+        for part in _parts(list(buffers), len(_ZEROS) + 1):
+            if isinstance(part, Zeros):
+                whole, rest = divmod(part.nbytes, len(_ZEROS))
+                self._write_all(vectors([*[_ZEROS] * whole, _ZEROS[:rest]]))
             else:
-                self._write_all(batch)
+                self._write_all(vectors(part))
 
-    def _write_all(self, views: list[memoryview]) -> None:
-        while views:
+    def _write_all(self, left: np.ndarray) -> None:
+        while len(left):
             try:
-                written = os.writev(self._fd, views)
+                written = write_vectors(self._fd, left)
             except BlockingIOError:
                 select.select([], [self._fd], [])
                 continue
             except OSError as error:
                 storage_error(error, self.name, "write")
             self.position += written
-            views = _behind(views, written)
+            left = behind(left, written)
 
     def commit(self) -> None:
         """Put it on disk where there is one, and close: a pipe acknowledges nothing more."""
@@ -216,41 +216,19 @@ def _fsync_directory(directory: str) -> None:
         os.close(fd)
 
 
-def _batches(buffers: Iterable[Buffer], min_hole: int = 0) -> Iterator[list[memoryview] | Zeros]:
-    """Yield lists of views for one system call each, and the Zeros between them.
+def _parts(buffers: Sequence[Buffer], min_hole: int) -> Iterator[list[Buffer] | Zeros]:
+    """Yield lists of buffers that are written together, and the Zeros between them.
 
-    Zeros of less than min_hole bytes (at most 1 MiB) are views too.
+    Zeros of less than min_hole bytes (at most 1 MiB) are buffers to write too.
     """
-    views: list[memoryview] = []
-    size = 0
+    together: list[Buffer] = []
     for buffer in buffers:
-        length = nbytes(buffer)
-        is_zeros = isinstance(buffer, Zeros) and length >= min_hole
-        if views and (is_zeros or len(views) == _MAX_BUFFERS or size + length > _MAX_BYTES):
-            yield views
-            views, size = [], 0
-        if is_zeros:
+        if not isinstance(buffer, Zeros):
+            together.append(buffer)
+        elif buffer.nbytes < min_hole:
+            together.append(_ZEROS[: buffer.nbytes])
+        else:
+            yield together
             yield buffer
-        elif length:
-            is_short = isinstance(buffer, Zeros)
-            views.append(_ZEROS[:length] if is_short else memoryview(buffer).cast("B"))
-            size += length
-    if views:
-        yield views
-
-
-def _zero_batches(nbytes: int) -> Iterator[list[memoryview]]:
-    whole, left = divmod(nbytes, len(_ZEROS))
-    for _ in range(whole):
-        yield [_ZEROS]
-    if left:
-        yield [_ZEROS[:left]]
-
-
-def _behind(views: list[memoryview], written: int) -> list[memoryview]:
-    """Return what is left of the views behind their first `written` bytes."""
-    for index, view in enumerate(views):
-        if written < len(view):
-            return [view[written:], *views[index + 1 :]]
-        written -= len(view)
-    return []
+            together = []
+    yield together

@@ -22,7 +22,32 @@ class Zeros:
     nbytes: int
 
 
-Buffer = Any  # bytes | memoryview | numpy.ndarray | Zeros; numpy is not imported here
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """A stand-in for the rows `index` (k,) u64 of a C-contiguous array `source` (n, m), in order.
+
+    Whoever takes it gathers them, or need not.
+    """
+
+    source: Any
+    index: Any
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one row."""
+        return int(self.source.strides[0])
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all of them."""
+        return len(self.index) * self.row_bytes
+
+    def gather(self) -> Any:
+        """Return a copy of the rows, (k, m)."""
+        return self.source.take(self.index, axis=0)
+
+
+Buffer = Any  # bytes | memoryview | numpy.ndarray | Zeros | Rows; numpy is not imported here
 Write = Callable[[Iterable[Buffer]], None]
 
 
