@@ -32,6 +32,7 @@ _FLAGS = PTE_PRESENT | PTE_RW | PTE_USER | PTE_ACCESSED | PTE_DIRTY
 _SPARE_BYTES = 512 << 10
 _ALIGN_BYTES = 4 << 20
 _MAX_CMDLINE = 1023
+_GUEST_UPPER_HALF = 0xFFFF_8800_0000_0000  # behind the last of XEN_L4_SLOTS
 
 
 def build(domain: Domain, kernel: elf.Kernel, ramdisk: bytes, cmdline: str) -> None:
@@ -79,6 +80,8 @@ class Builder:
             mappings = [(base, 0, min(end >> PAGE_SHIFT, self.nr_pages))]
             if elf.NOTE_INIT_P2M in self.kernel.notes:
                 mappings.append((self.kernel.notes[elf.NOTE_INIT_P2M], self.p2m_pfn, self.nr_p2m))
+            for va, _, nr in mappings:
+                _check_range(va, nr)
             keys = _table_keys(mappings)
             if len(keys) <= guess:
                 return mappings, {k: self.tables_pfn + i for i, k in enumerate(keys)}
@@ -172,6 +175,14 @@ class Builder:
 
 def _pages(nr_bytes: int) -> int:
     return -(-nr_bytes // PAGE_SIZE)
+
+
+def _check_range(va: int, nr: int) -> None:
+    """A guest has the lower half of the address space and, of the upper, what is above Xen's."""
+    end = va + (nr << PAGE_SHIFT)
+    upper = va >= _GUEST_UPPER_HALF and end <= 1 << 64
+    if va & (PAGE_SIZE - 1) or not (upper or end <= 1 << 47):
+        raise HostCannotTake(f"the kernel wants to be at {va:#x}-{end:#x}, where no guest can be")
 
 
 def _table_keys(mappings: list[tuple[int, int, int]]) -> list[tuple[int, int]]:
