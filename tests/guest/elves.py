@@ -21,7 +21,7 @@ def note(kind: int, desc: bytes, name: bytes = b"Xen\0") -> bytes:
 
 
 def number(kind: int, value: int) -> bytes:
-    return note(kind, struct.pack("<Q", value))
+    return note(kind, struct.pack("<Q", value % (1 << 64)))
 
 
 def notes(base: int = BASE, **more: int) -> bytes:
