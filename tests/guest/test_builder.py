@@ -198,6 +198,14 @@ def test_segments_overlap_pages(machine):
     assert not any(built.read(BASE + 0x1000 + 5104, 8996))
 
 
+@pytest.mark.parametrize("kernel_pages", [600, 850, 870, 890, 950, 1000, 1010, 1020])
+def test_there_is_room_behind_the_stack(machine, kernel_pages):
+    """Wherever the kernel ends, 512 KiB behind the boot stack are mapped, and no 4 MiB more."""
+    built = Built(machine, make_elf([(0x1000, TEXT, kernel_pages << 12)]), nr_pages=2900)
+    stack = (built.context.user_regs.rsp - BASE) >> 12
+    assert stack + 128 <= built.mapped_pages() < stack + 128 + 4 * MIB
+
+
 def test_two_builds_of_a_seed_are_alike(machines):
     """The same kernel on two machines of one seed is the same, byte for byte; on another seed it
     has other frames, and the same pages but for those that hold mfns."""
