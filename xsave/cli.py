@@ -166,4 +166,6 @@ def main() -> NoReturn:
     """Entry point of the command `xsave`."""
     # A SIGTERM cleans up like a Ctrl-C: temporary files go, the guest runs on.
     signal.signal(signal.SIGTERM, _interrupt)
+    # Nothing here is linear algebra: numpy need not start a thread per core for it.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     cli.main()
