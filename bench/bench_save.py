@@ -52,6 +52,8 @@ def main() -> None:
     home = tempfile.mkdtemp(prefix="xsave-bench.", dir=options.tmpfs)
     os.environ["XSAVE_HOME"] = home
     os.environ["PYTHONPATH"] = str(Path(__file__).resolve().parents[1])
+    os.environ["PYTHONPYCACHEPREFIX"] = f"{home}/pycache"  # compiled, as pip leaves it
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
     places = {"tmpfs": options.tmpfs, "disk": options.disk}
     try:
         boot(options.memory, options.touch)
