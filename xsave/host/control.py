@@ -123,9 +123,6 @@ class Control:
         except (ConnectionLost, ValueError, TypeError, AttributeError):
             self._drop(client)
             return
-        if request.op == "console":
-            client.console = True
-            client.sock.setblocking(False)
         self._requests.append(request)
         self.wake()
 

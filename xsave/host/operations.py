@@ -184,8 +184,9 @@ class Operations:
     def op_console(self, request: Request) -> None:
         """Answer first: from then on the connection carries console bytes only."""
         self._reply(request.client, {})
-        request.client.sock.setblocking(False)
-        request.client.console = True
+        with contextlib.suppress(OSError):  # it may be gone already
+            request.client.sock.setblocking(False)
+            request.client.console = True
 
     def op_rename(self, request: Request) -> Answer:
         name = str(request.arguments["name"])
