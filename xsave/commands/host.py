@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 @json_option
 @pass_settings
 def info(settings: Settings, as_json: bool) -> None:
-    """Show the host: memory, frames, what its CPU and its versions are."""
+    """Show the host: memory, frames, CPU features, dirty log, huge pages, versions."""
     facts = settings.open_host().info()
     if as_json:
         console.emit_json(facts)
@@ -30,6 +30,8 @@ def plain(value: Any) -> str:
     """Return a fact as a table's cell."""
     if isinstance(value, list | tuple):
         return " ".join(str(item) for item in value)
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {version}" for name, version in value.items())
     return "-" if value is None else str(value)
 
 

@@ -22,6 +22,7 @@ from xsave.errors import (
     GuestStateError,
     NameTaken,
     NotFound,
+    OutOfFrames,
     StorageError,
     UsageError,
 )
@@ -30,6 +31,7 @@ from xsave.guest.xen import machine as xen_machine
 from xsave.guest.xen.domctl import DomainInfo, Domctl
 from xsave.guest.xen.machine import Machine
 from xsave.host import paths
+from xsave.host.capabilities import capabilities
 from xsave.host.registry import DomainRecord, alive, connect_socket, ending, write_record
 
 DEFAULT_HOST = "localhost"
@@ -241,10 +243,12 @@ class Host:
         return Domctl(self.machine, record.domid, record.name, sock)
 
     def check_room(self, nr_pages: int) -> None:
-        """Raise StorageError unless the runtime directory can back so many more pages.
+        """Raise OutOfFrames or StorageError unless there is room for so many more pages.
 
         Memory is sparse: what other domains were promised and have not touched yet counts, else
         the first touch too many would end in SIGBUS."""
+        if nr_pages > (free_frames := self.free_frames):
+            raise OutOfFrames(wanted=nr_pages, free=free_frames, host=self.name)
         status = os.statvfs(self.directory)
         free = status.f_bavail * status.f_frsize
         promised = 0
@@ -271,4 +275,5 @@ class Host:
             "first_frame": self.machine.first_frame,
             "nr_domains": len(self.records()),
             "directory": str(self.directory),
+            **capabilities(),
         }

@@ -58,6 +58,38 @@ _LACKING: dict[tuple[int, int, int], dict[int, str]] = {
 }  # fmt: skip
 
 
+#: Names of the features a policy can promise here: (leaf, register index) -> bit -> name.
+_NAMES: dict[tuple[int, int], dict[int, str]] = {
+    (0x1, 3): {
+        0: "FPU", 2: "DE", 3: "PSE", 4: "TSC", 5: "MSR", 6: "PAE", 7: "MCE", 8: "CX8", 9: "APIC",
+        11: "SEP", 12: "MTRR", 13: "PGE", 14: "MCA", 15: "CMOV", 16: "PAT", 17: "PSE36",
+        19: "CLFLUSH", 23: "MMX", 24: "FXSR", 25: "SSE", 26: "SSE2",
+    },
+    (0x1, 2): {
+        0: "SSE3", 1: "PCLMULQDQ", 9: "SSSE3", 13: "CX16", 19: "SSE4_1", 20: "SSE4_2",
+        22: "MOVBE", 23: "POPCNT", 25: "AES", 26: "XSAVE", 30: "RDRAND", 31: "HYPERVISOR",
+    },
+    (0x80000001, 3): {11: "SYSCALL", 20: "NX", 29: "LM"},
+    (0x80000001, 2): {0: "LAHF_LM", 1: "CMP_LEGACY", 5: "ABM", 6: "SSE4A"},
+}  # fmt: skip
+
+
+def emulated_features(content: bytes) -> list[str]:
+    """Name the features a CPUID policy promises, of those this emulator executes."""
+    leaves = parse_policy(content)
+    return [
+        name
+        for (leaf, register), bits in _NAMES.items()
+        for bit, name in bits.items()
+        if leaves.get((leaf, NO_SUBLEAF), (0, 0, 0, 0))[register] >> bit & 1
+    ]
+
+
+def lacking_features() -> list[str]:
+    """Name all the features this emulator is known to lack."""
+    return [name for bits in _LACKING.values() for name in bits.values()]
+
+
 def parse_policy(content: bytes) -> dict[tuple[int, int], Leaf]:
     """Return {(leaf, subleaf): (a, b, c, d)} of an X86_CPUID_POLICY body (length % 24 == 0)."""
     whole = len(content) - len(content) % 24
