@@ -52,7 +52,9 @@ class MigrateResult:
     downtime_ns: int
 
 
-def migrate(domctl: Domctl, target: Host, *, report: Report = ignore) -> MigrateResult:
+def migrate(
+    domctl: Domctl, target: Host, *, cpu_mismatch: str = "refuse", report: Report = ignore
+) -> MigrateResult:
     """Move the guest to the host `target`.
 
     Raises SuspendFailed, StorageError (the guest runs on here), HandoverUndecided.
@@ -60,7 +62,7 @@ def migrate(domctl: Domctl, target: Host, *, report: Report = ignore) -> Migrate
     if target.directory == domctl.machine.directory:
         raise UsageError(f"the domain is on host {target.name} already")
     started = time.monotonic_ns()
-    with Receiver(target) as receiver:
+    with Receiver(target, cpu_mismatch) as receiver:
         result = Sender(domctl, receiver, report).run()
     result = replace(result, total_ns=time.monotonic_ns() - started)
     seconds = result.total_ns / 1e9

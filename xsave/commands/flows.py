@@ -17,7 +17,17 @@ if TYPE_CHECKING:
     from xsave.host.host import Host
 
 STDIO = "-"
+STDOUT_NAMES = (STDIO, "/dev/stdout", "/dev/fd/1", "/proc/self/fd/1")
 DEFAULT_COMPRESS_LEVEL = 1
+
+
+cpu_mismatch_option = click.option(
+    "--cpu-mismatch",
+    type=click.Choice(["refuse", "allow"]),
+    default="refuse",
+    show_default=True,
+    help="What if the guest was promised CPU features the host lacks.",
+)
 
 
 @click.command()
@@ -52,7 +62,9 @@ def save(
     from xsave.host.channel import open_sink
 
     leave = leave_as(leave_running, leave_paused)
-    settings.stdout_is_data = file == STDIO
+    settings.stdout_is_data = file in STDOUT_NAMES
+    if file in STDOUT_NAMES and sys.stdout.isatty():
+        raise UsageError("an image is nothing for a terminal: redirect stdout, or name a file")
     level = compress_level or (DEFAULT_COMPRESS_LEVEL if compress else None)
     with (
         settings.find(name) as domctl,
@@ -74,13 +86,7 @@ def leave_as(running: bool, paused: bool) -> str:
 @click.argument("file", metavar="FILE|-", type=click.Path(allow_dash=True))
 @click.option("--name", metavar="NAME", help="The domain's name (default: the image's).")
 @click.option("-p", "--paused", is_flag=True, help="Leave the domain paused.")
-@click.option(
-    "--cpu-mismatch",
-    type=click.Choice(["refuse", "allow"]),
-    default="refuse",
-    show_default=True,
-    help="What if the image was promised CPU features this host lacks.",
-)
+@cpu_mismatch_option
 @json_option
 @pass_settings
 def restore(
@@ -126,9 +132,12 @@ def domain_maker(host: Host) -> Callable[[str, int], Domctl]:
 @click.command()
 @click.argument("name", type=DOMAIN, required=False)
 @click.option("--to", "target", type=HOST, required=True, help="The host to move to.")
+@cpu_mismatch_option
 @json_option
 @pass_settings
-def migrate(settings: Settings, name: str | None, target: str, as_json: bool) -> None:
+def migrate(
+    settings: Settings, name: str | None, target: str, cpu_mismatch: str, as_json: bool
+) -> None:
     """Move a domain to another host: suspend, stream, hand over, then end the source.
 
     NAME may be left out where the host runs just one domain.
@@ -139,7 +148,7 @@ def migrate(settings: Settings, name: str | None, target: str, as_json: bool) ->
     destination = open_host(target)
     with settings.find(name or only_domain(settings)) as domctl:
         with settings.progress() as report:
-            result = verb.migrate(domctl, destination, report=report)
+            result = verb.migrate(domctl, destination, cpu_mismatch=cpu_mismatch, report=report)
         answer = {"name": domctl.name, "host": target, **asdict(result)}
         downtime = f"{result.downtime_ns / 1e6:.0f} ms"
         settings.answer(as_json, answer, f"{domctl.name}: now on {target}, downtime {downtime}")
@@ -156,14 +165,16 @@ def only_domain(settings: Settings) -> str:
 
 
 @click.command("migrate-receive")
+@cpu_mismatch_option
 @json_option
 @pass_settings
-def migrate_receive(settings: Settings, as_json: bool) -> None:
+def migrate_receive(settings: Settings, cpu_mismatch: str, as_json: bool) -> None:
     """The far end of a migration: a stream on stdin, answers on stdout."""
     from xsave import migrate as verb
 
     settings.stdout_is_data = True
     host = settings.open_host()
     with settings.progress() as report:
-        info = verb.receive(host, STDIO, sys.stdout.fileno(), report=report)
+        output = sys.stdout.fileno()
+        info = verb.receive(host, STDIO, output, cpu_mismatch=cpu_mismatch, report=report)
     settings.answer(as_json, asdict(info), f"{info.name}: received as domain {info.domid}")

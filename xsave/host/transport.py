@@ -20,14 +20,14 @@ _MAX_COMPLAINT = 2000
 class Receiver:
     """A running migrate-receive: write the image to `input`, read its messages from `output`."""
 
-    def __init__(self, target: Host) -> None:
+    def __init__(self, target: Host, cpu_mismatch: str) -> None:
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as this
         root = str(Path(__file__).resolve().parents[2])
         path = os.environ.get("PYTHONPATH", "")
         command = [sys.executable, "-m", "xsave", "--host", target.name, "-q", "--progress", "none"]
         try:
             self._process = subprocess.Popen(
-                [*command, "migrate-receive"],
+                [*command, "migrate-receive", "--cpu-mismatch", cpu_mismatch],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=self._errors,
