@@ -96,6 +96,7 @@ def _check_arch(image: Image, findings: Findings, content: bytes) -> None:
     if max_pfn != image.p2m.max_pfn + 1:
         text = f"max_pfn is {max_pfn:#x}, the p2m has {image.p2m.max_pfn + 1:#x} entries"
         findings.add("shared-info", text, record=SharedInfo.NAME, offset=offset)
-    if list_list or p2m_cr3:
+    canonical = p2m_cr3 & 0xFFF == 0 and p2m_cr3 >> 12 <= image.p2m.max_pfn
+    if list_list or not canonical:
         text = f"frame_list_list is {list_list:#x}, p2m_cr3 {p2m_cr3:#x}"
         findings.add("host-frames", text, record=SharedInfo.NAME, offset=offset + width)
