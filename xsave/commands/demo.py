@@ -47,10 +47,12 @@ HOST_MEMORY_FACTOR = 4
 
 @click.command()
 @click.option("--memory", type=SIZE, default="64M", show_default=True, help="The guest's memory.")
-@click.option("--touch", default="8M", show_default=True, help="How much of it the guest fills.")
+@click.option(
+    "--touch", type=SIZE, default="8M", show_default=True, help="How much of it the guest fills."
+)
 @json_option
 @pass_settings
-def demo(settings: Settings, memory: int, touch: str, as_json: bool) -> None:
+def demo(settings: Settings, memory: int, touch: int, as_json: bool) -> None:
     """Create, save, restore and migrate a guest on two hosts; prove that it stays the same."""
     settings.stdout_is_data = as_json  # the story then goes to stderr
     with two_hosts(memory * HOST_MEMORY_FACTOR) as (a, b, directory):
@@ -87,7 +89,7 @@ def two_hosts(memory_bytes: int) -> Iterator[tuple[Host, Host, Path]]:
 
 
 def tell(
-    settings: Settings, a: Host, b: Host, directory: Path, memory: int, touch: str
+    settings: Settings, a: Host, b: Host, directory: Path, memory: int, touch: int
 ) -> tuple[Story, Comparison]:
     """Run the story, saying what happens; return what was found."""
     story = Story()
@@ -114,11 +116,12 @@ def tell(
 # ---- chapters
 
 
-def create(settings: Settings, host: Host, memory: int, touch: str) -> None:
+def create(settings: Settings, host: Host, memory: int, touch: int) -> None:
     """Make the guest."""
     from xsave.host import create as verb
 
-    chapter(settings, f"create: a guest of {console.human_bytes(memory)}, {touch} of it filled")
+    size, filled = console.human_bytes(memory), console.human_bytes(touch)
+    chapter(settings, f"create: a guest of {size}, {filled} of it filled")
     with settings.progress() as report:
         verb.create(host, GUEST, memory_bytes=memory, cmdline=f"touch={touch}", report=report)
 

@@ -24,7 +24,9 @@ COLUMNS = ["Name", "ID", "Host", "State", "VCPUs", "Memory", "Frames"]
 @click.option("--ramdisk", metavar="FILE", help="The kernel's initial ramdisk.")
 @click.option("--cmdline", default="", metavar="TEXT", help="The kernel's command line.")
 @click.option("--memory", type=SIZE, default=DEFAULT_MEMORY, show_default=True, help="Its memory.")
-@click.option("--vcpus", type=click.IntRange(1), default=1, metavar="N", help="Its vCPUs (1).")
+@click.option(
+    "--vcpus", type=click.IntRange(1), default=1, metavar="N", help="Its vCPUs.", show_default=True
+)
 @click.option("-p", "--paused", is_flag=True, help="Build it and leave it paused.")
 @click.option("--deterministic", type=click.IntRange(0), metavar="SEED", help="Virtual time.")
 @json_option
@@ -117,8 +119,9 @@ def pause(settings: Settings, name: str, as_json: bool) -> None:
 def unpause(settings: Settings, name: str, as_json: bool) -> None:
     """Let a paused domain run on."""
     with settings.find(name) as domctl:
-        domctl.unpause()
-        settings.answer(as_json, asdict(domctl.info()), f"{name}: running")
+        before = domctl.info()
+        domctl.unpause()  # from here on the guest may end at any moment
+    settings.answer(as_json, asdict(before) | {"state": "running"}, f"{name}: running")
 
 
 @click.command()
