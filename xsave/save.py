@@ -109,6 +109,7 @@ class Writer:
         start_info_pfn = contexts[0].user_regs.rdx
         self._write(StreamEncoder.headers("xl", state.config, state.xen_version))
         self._write_static(state, found.frames)
+        self._report(Stage("save", "pages"))
         self._write_pages(found, start_info_pfn, state)
         self._report(Stage("save", "vcpus"))
         self._write_tail(state, page, shared, vcpus, contexts)
