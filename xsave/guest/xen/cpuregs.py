@@ -77,7 +77,8 @@ class CpuState:
         if at < 0 or self.d[self._old] != 0xFFFFFFFF:
             raise UnsupportedEmulator("the CPU state of this unicorn release has another layout")
 
-    def take_exception(self) -> int:
-        """Return the pending exception's error code and forget the exception."""
+    def take_exception(self) -> tuple[int, bool]:
+        """Return the pending exception's error code, and whether an `int` instruction raised it;
+        forget the exception."""
         self.d[self._old] = 0xFFFFFFFF
-        return self.d[self._error]
+        return self.d[self._error], bool(self.d[self._error + 1])

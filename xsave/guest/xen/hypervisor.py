@@ -36,6 +36,8 @@ from xsave.guest.xen.vcpu import CR4_OSXSAVE, Cpu
 
 TRAP_INVALID_OP, TRAP_GP_FAULT, TRAP_PAGE_FAULT = 6, 13, 14
 _WITH_ERROR_CODE = {8, 10, 11, 12, 13, 14, 17}
+_OPEN_GATES = {3, 4}  # int3 and into: Xen's own gates are open to all
+_INT_BYTES = 2
 _TI_DISABLE_EVENTS = 4
 _HYPERVISOR_IRET = 23
 _VGCF_IN_SYSCALL = 0x100
@@ -128,6 +130,19 @@ class Hypervisor(GuestCpu):
         self._flush()
         self._leave(0)
 
+    def software_interrupt(self, vector: int) -> None:
+        """An `int` instruction: user space may use the gates its kernel opened to ring 3 only,
+        or it could feign any exception (do_general_protection, permit_softint)."""
+        self.nr_crossings += 1
+        self.domain.clock.step()
+        address, flags = self.vcpu.traps.get(vector, (0, 0))
+        if vector in _OPEN_GATES or (address and (self.vcpu.in_kernel or flags & 3 == 3)):
+            self.bounce_trap(vector, None)
+        else:
+            self.q[RIP] = (self.q[RIP] - _INT_BYTES) & M64
+            self.bounce_trap(TRAP_GP_FAULT, vector << 3 | 2)
+        self._leave(0)
+
     def invalid_opcode(self) -> bool:
         """#UD: Xen's forced-emulation cpuid, or the guest's own business."""
         self.nr_crossings += 1
@@ -140,7 +155,7 @@ class Hypervisor(GuestCpu):
             self.cpuid()
             self.q[RIP] += len(code)
         else:
-            self.bounce_trap(TRAP_INVALID_OP, 0)
+            self.bounce_trap(TRAP_INVALID_OP, None)
         self._leave(0)
         return True
 
@@ -181,12 +196,12 @@ class Hypervisor(GuestCpu):
 
     # -- frames ---
 
-    def bounce_trap(self, vector: int, error_code: int) -> None:
+    def bounce_trap(self, vector: int, error_code: int | None) -> None:
         """Enter the guest's handler of an exception (pv_inject_event)."""
         entry = self.vcpu.traps.get(vector)
         if entry is None:
             self.domain.crash(
-                f"exception {vector} (error code {error_code:#x}) at rip {self.q[RIP]:#x}, "
+                f"exception {vector} (error code {error_code or 0:#x}) at rip {self.q[RIP]:#x}, "
                 "and the guest has no handler for it"
             )
             self.cpu.stop()

@@ -60,6 +60,7 @@ class Handler(Protocol):
 
     def syscall(self) -> None: ...
     def exception(self, vector: int, error_code: int) -> None: ...
+    def software_interrupt(self, vector: int) -> None: ...
     def invalid_opcode(self) -> bool: ...
     def cpuid(self) -> None: ...
     def rdtsc(self) -> int: ...
@@ -103,10 +104,13 @@ class Cpu:
         uc, state = self._uc, self.state
 
         def on_exception(_uc: Uc, vector: int, _data: object) -> None:
-            error_code = state.take_exception()
+            error_code, software = state.take_exception()
             if self._bringing_up:  # CPL 0 and no paging yet: nothing of the guest's may run
                 raise EmulatorFault(f"exception {vector} while the vCPU's state was loaded")
-            handler.exception(vector, error_code)
+            if software:
+                handler.software_interrupt(vector)
+            else:
+                handler.exception(vector, error_code)
 
         def on_invalid(_uc: Uc, _data: object) -> bool:
             state.take_exception()
