@@ -1,7 +1,7 @@
 """Privileged instructions of a PV kernel: decoded and emulated after their #GP.
 
-Mirrors xen/arch/x86/pv/emul-priv-op.c for the instructions PV kernels really use: MSRs, port
-I/O (no devices: reads give all ones), control and debug registers, and a few no-ops.
+Mirrors xen/arch/x86/pv/emul-priv-op.c for the instructions PV kernels really use: MSRs, control
+and debug registers, and a few no-ops. Port I/O does not fault here: vcpu.py answers it.
 """
 
 from __future__ import annotations
@@ -17,8 +17,6 @@ MSR_APIC_BASE, MSR_PAT, MSR_EFER = 0x1B, 0x277, 0xC0000080
 MSR_FS_BASE, MSR_GS_BASE, MSR_KERNEL_GS_BASE = 0xC0000100, 0xC0000101, 0xC0000102
 _FIXED_MSRS = {MSR_APIC_BASE: 0xFEE00900, MSR_PAT: 0x0007010600070106, MSR_EFER: 0xD01}
 _GUEST_CR4 = CR4_FSGSBASE | CR4_OSXSAVE
-_PORT_IN = {0xE4: (2, 0xFF), 0xEC: (1, 0xFF), 0xE5: (2, 0xFFFFFFFF), 0xED: (1, 0xFFFFFFFF)}
-_PORT_OUT = {0xE6: 2, 0xE7: 2, 0xEE: 1, 0xEF: 1}
 _ONE_BYTE_NOPS = {0xFA, 0xFB, 0xF4}  # cli, sti, hlt: the guest means its virtual flag
 _TWO_BYTE_NOPS = {0x06, 0x08, 0x09}  # clts, invd, wbinvd
 _XSETBV = b"\x01\xd1"
@@ -51,31 +49,15 @@ def _short_read(hv: GuestCpu) -> bytes:
 
 def _emulate(hv: GuestCpu, code: bytes) -> int:
     """Return the length of the instruction emulated, 0 if it is none of ours."""
-    skip, rex, wide = 0, 0, False
-    if code[0] == 0x66:
-        skip, wide = 1, True
-    if code[skip] & 0xF0 == 0x40:
-        rex = code[skip]
-        skip += 1
+    skip, rex = 0, 0
+    if code[0] & 0xF0 == 0x40:
+        skip, rex = 1, code[0]
     op = code[skip]
     if op in _ONE_BYTE_NOPS:
         return skip + 1
-    if op in _PORT_OUT:
-        return skip + _PORT_OUT[op]
-    if op in _PORT_IN:
-        length, ones = _PORT_IN[op]
-        _in(hv, 0xFFFF if wide and ones != 0xFF else ones)
-        return skip + length
     if op == 0x0F:
         return _emulate_two_byte(hv, code[skip + 1 :], rex, skip)
     return 0
-
-
-def _in(hv: GuestCpu, ones: int) -> None:
-    if ones == 0xFFFFFFFF:
-        hv.q[RAX] = ones
-    else:
-        hv.q[RAX] |= ones
 
 
 def _emulate_two_byte(hv: GuestCpu, code: bytes, rex: int, skip: int) -> int:
@@ -126,7 +108,9 @@ def _xsetbv(hv: GuestCpu) -> bool:
     """Only what the vCPU's XSAVE state already has room for."""
     vcpu, q = hv.vcpu, hv.q
     value = (q[RDX] & 0xFFFFFFFF) << 32 | q[RAX] & 0xFFFFFFFF
-    if q[RCX] & 0xFFFFFFFF or not value & 1 or value & ~_XCR0_ALLOWED or len(vcpu.xsave) <= 16:
+    if q[RCX] & 0xFFFFFFFF or not value & 1 or value & ~_XCR0_ALLOWED or value & 6 == 4:
+        return False
+    if len(vcpu.xsave) <= 16:
         return False
     accum = struct.unpack_from("<Q", vcpu.xsave, 8)[0]
     if value & ~accum:

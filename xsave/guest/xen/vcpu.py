@@ -10,6 +10,7 @@ Facts that cost hours, and where they show here:
 * cs/ss/cpl are set once by a sysretq at CPL 0 (`_enter_cpl3`); later selector writes change the
   visible selector only;
 * a syscall hook returns to rip + 2, an exception hook to the rip it left (`resume_at`);
+* port I/O never faults, whatever the privileges: reads are answered, all ones as no device does;
 * `emu_start(until)` with an unmapped address leaves a hidden fault behind: 0 is used;
 * counted runs and free runs must not be mixed: a machine is one or the other for its life;
 * stores by the host into code are not noticed: `forget_code` (ctl_remove_cache takes virtual
@@ -122,12 +123,16 @@ class Cpu:
             handler.cpuid()
             return 1
 
+        def on_in(_uc: Uc, _port: int, size: int, _data: object) -> int:
+            return (1 << 8 * size) - 1
+
         uc.hook_add(
             UC_HOOK_INSN, lambda _uc, _d: handler.syscall(), None, 1, 0, x86.UC_X86_INS_SYSCALL
         )
         uc.hook_add(UC_HOOK_INTR, on_exception)
         uc.hook_add(UC_HOOK_INSN_INVALID, on_invalid)
         uc.hook_add(UC_HOOK_INSN, on_cpuid, None, 1, 0, x86.UC_X86_INS_CPUID)
+        uc.hook_add(UC_HOOK_INSN, on_in, None, 1, 0, x86.UC_X86_INS_IN)
         self._rdtsc_hooks = [
             self._hook_rdtsc(instruction)
             for instruction in (x86.UC_X86_INS_RDTSC, x86.UC_X86_INS_RDTSCP)
