@@ -4,9 +4,15 @@ from __future__ import annotations
 
 import struct
 
-from tests.guest.rig import MIB, READ_ONLY, Guest
-from xsave.guest.xen.cpuregs import RAX, RBX, RCX, RDX, RIP
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.guest.rig import FULL, MIB, READ_ONLY, Guest
+from xsave.guest.xen import cpuregs
+from xsave.guest.xen.cpuregs import RAX, RBX, RCX, RDX, RIP, RSP
 from xsave.guest.xen.domain import PERDOMAIN_VA
+from xsave.guest.xen.events import Port
 
 
 def test_a_mapping_taken_away_is_gone_at_once(guest):
@@ -129,3 +135,154 @@ def test_no_stack_for_a_frame_crashes_the_domain(guest):
     guest.set_handler(14)
     assert guest.run(b"\x48\x8b\x07", rdi=0, rsp=0x8000) == -1
     assert "no kernel stack" in guest.domain.crash_message
+
+
+# -- frames on the kernel's stack ---
+
+TRAP = 0x80  # a gate the tests open
+#: Pops what the exception pushed and goes back by HYPERVISOR_iret.
+IRET = (
+    b"\x59\x41\x5b"  # pop rcx; pop r11
+    b"\x6a\x00\x51\x41\x53\x50"  # push 0; push rcx; push r11; push rax
+    b"\xb8\x17\x00\x00\x00\x0f\x05"  # mov eax, 23; syscall
+)
+KERNEL_CS = 0xE030
+LIVE = 0x8D5 | 0x400 | 0x200000
+GENERAL = ["rax", "rbx", "rcx", "rdx", "rsi", "rdi", "rbp", *(f"r{i}" for i in range(8, 16))]
+
+
+def returning(guest, page, vector, flags=0):
+    """Give the guest a handler that just returns."""
+    guest.poke(page, 0, IRET)
+    guest.vcpu.set_trap(vector, flags, 0xE033, guest.va(page))
+
+
+@settings(max_examples=25)
+@given(
+    st.lists(st.integers(0, (1 << 64) - 1), min_size=15, max_size=15),
+    st.integers(0, (1 << 32) - 1),
+    st.integers(0, 31),
+    st.booleans(),
+)
+def test_a_trap_and_back(module_machine, values, flags, misalign, masked):
+    """After an exception's frame and HYPERVISOR_iret every register, the flags, the stack (even
+    a misaligned one) and the upcall mask are what they were."""
+    guest = Guest(module_machine)
+    try:
+        returning(guest, 5, TRAP)
+        guest.power_on()
+        guest.vcpu.info.evtchn_upcall_mask = masked
+        wanted = dict(zip(GENERAL, values, strict=True)) | {"rsp": guest.va(2) - misalign}
+        flags = flags & LIVE | 0x202
+        guest.hv.cpu.rflags = flags
+        assert guest.run(b"\xcd\x80", **wanted) == guest.va(0, 2)
+        q = guest.hv.q
+        assert {name: q[getattr(cpuregs, name.upper())] for name in wanted} == wanted
+        assert guest.hv.cpu.rflags == flags
+        assert guest.vcpu.info.evtchn_upcall_mask == masked
+    finally:
+        module_machine.free_domain(1)
+
+
+@pytest.mark.parametrize("masked", [0, 1])
+@pytest.mark.parametrize("disables", [0, 4])
+def test_the_frame_of_a_fault(guest, masked, disables):
+    """Low to high: rcx, r11, the error code, rip, cs with ring 0 and the upcall mask, flags whose
+    IF is the mask's opposite, rsp, ss; the handler's gate says whether upcalls are masked."""
+    handler = guest.set_handler(14, disables)
+    guest.power_on()
+    guest.vcpu.info.evtchn_upcall_mask = masked
+    guest.hv.cpu.rflags = 0x202 | 0x401
+    stopped = guest.run(b"\x48\x8b\x07", rdi=0x666000, rcx=1, r11=2, rsp=guest.va(2, -5))
+    assert stopped == handler
+    assert guest.hv.q[RSP] % 16 == 0
+    rcx, r11, code, rip, cs, flags, rsp, ss = guest.stacked(8)
+    assert (rcx, r11, code, rip) == (1, 2, 0, guest.va(0))
+    assert cs == KERNEL_CS | masked << 32
+    assert flags == 0x402 | 1 | (0 if masked else 0x200)
+    assert (rsp, ss) == (guest.va(2, -5), 0xE02B)
+    assert guest.vcpu.info.evtchn_upcall_mask == (masked or disables == 4)
+    assert guest.vcpu.info.cr2 == 0x666000
+
+
+# -- events ---
+
+
+@pytest.fixture
+def listening(guest):
+    """A guest with an event callback at `callback` and an unmasked port."""
+    guest.callback = guest.va(6)
+    guest.poke(6, 0, b"\x0f\x05")
+    guest.stops.add(guest.callback)
+    guest.vcpu.context.event_callback_eip = guest.callback
+    guest.domain.shared.evtchn_mask[0] = 0
+    guest.port = guest.domain.events.bind(Port("ipi"))
+    guest.vcpu.info.evtchn_upcall_mask = 0
+    return guest
+
+
+XEN_VERSION = b"\xb8\x11\x00\x00\x00\x0f\x05"  # a hypercall that does nothing
+
+
+def test_a_pending_event_interrupts_the_next_crossing(listening):
+    """The upcall comes when the guest next crosses into Xen, behind the hypercall, with upcalls
+    masked; a masked guest gets none until it unmasks."""
+    guest = listening
+    guest.power_on()
+    guest.vcpu.info.evtchn_upcall_mask = 1
+    guest.domain.events.set_pending(guest.port)
+    assert guest.run(XEN_VERSION, rdi=0) == guest.va(0, 7)
+    guest.vcpu.info.evtchn_upcall_mask = 0
+    assert guest.run(XEN_VERSION, rdi=0, rsp=guest.va(2)) == guest.callback
+    assert guest.vcpu.info.evtchn_upcall_mask == 1
+    assert guest.stacked(4)[2] == guest.va(0)  # at once, as it was pending before the run
+
+
+def test_an_event_of_the_hypercall_itself(listening):
+    """An event raised by a hypercall comes before its next instruction: the frame's rip is behind
+    the hypercall, and rax is its result."""
+    guest = listening
+    guest.poke(7, 0, struct.pack("<I", guest.port))
+    send = b"\xb8\x20\x00\x00\x00\x0f\x05"
+    assert guest.run(send, rdi=4, rsi=guest.va(7), rsp=guest.va(2)) == guest.callback
+    assert guest.stacked(3)[2] == guest.va(0, 7)
+    assert guest.hv.q[RAX] == 0
+
+
+def test_iret_that_unmasks_takes_the_event(listening):
+    """An event that is pending when the guest returns from an exception comes right there."""
+    guest = listening
+    returning(guest, 5, TRAP, flags=4)
+    guest.power_on()
+    guest.domain.events.set_pending(guest.port)
+    guest.vcpu.info.evtchn_upcall_pending = 0
+    guest.poke(5, 0, b"\xc6\x03\x01" + IRET)  # mov byte [rbx], 1: evtchn_upcall_pending
+    info = guest.domain.shared_info_mfn << 12
+    assert guest.tables.update_entry(guest.l1, 100, info | FULL) == 0
+    stopped = guest.run(b"\xcd\x80", rbx=guest.va(100), rsp=guest.va(2))
+    assert stopped == guest.callback
+    assert guest.stacked(3)[2] == guest.va(0, 2)
+
+
+def test_blocking_stops_and_an_event_goes_on(listening):
+    """SCHEDOP_block ends the run unmasked; with an event pending it does not block at all."""
+    guest = listening
+    guest.power_on()
+    guest.vcpu.info.evtchn_upcall_mask = 1
+    block = b"\xb8\x1d\x00\x00\x00\x0f\x05"
+    assert guest.run(block, rdi=1) == -1
+    assert guest.vcpu.blocked
+    assert guest.vcpu.info.evtchn_upcall_mask == 0
+    guest.vcpu.blocked = False
+    guest.vcpu.info.evtchn_upcall_mask = 1
+    guest.domain.events.set_pending(guest.port)
+    assert guest.run(block, rdi=1, rsp=guest.va(2)) == guest.callback
+    assert not guest.vcpu.blocked
+
+
+def test_a_kick_ends_the_run_at_the_next_crossing(guest):
+    """kick() from outside lets the run end, with the guest where it was."""
+    original = guest.hv.call
+    guest.hv.call = lambda *a: guest.hv.kick() or original(*a)
+    assert guest.run(XEN_VERSION + b"\x90" * 3, rdi=0) == -1
+    assert guest.hv.q[RIP] == guest.va(0, 7)
