@@ -205,6 +205,20 @@ def test_the_frame_of_a_fault(guest, masked, disables):
     assert guest.vcpu.info.cr2 == 0x666000
 
 
+@pytest.mark.parametrize(("flags", "restored"), [(0, True), (0x100, False), (0x1FF, False)])
+def test_iret_restores_what_the_frame_says(guest, flags, restored):
+    """rax, rsp, rip and flags come from the frame; rcx and r11 too, unless it says that the guest
+    returns from a syscall, which left nothing in them."""
+    frame = struct.pack(
+        "<9Q", 1, 2, 3, flags, guest.va(0, 2), 0xE030, 0x243, guest.va(1, 64), 0xE02B
+    )
+    guest.poke(1, 1024, frame)
+    assert guest.run(b"\x0f\x05", rax=23, rcx=77, r11=88, rsp=guest.va(1, 1024)) == guest.va(0, 2)
+    q = guest.hv.q
+    assert (q[RAX], q[RSP], guest.hv.cpu.rflags) == (1, guest.va(1, 64), 0x243)
+    assert (q[cpuregs.R11], q[RCX]) == ((2, 3) if restored else (88, 77))
+
+
 # -- events ---
 
 

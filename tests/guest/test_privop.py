@@ -15,7 +15,8 @@ from xsave.guest.xen.privop import emulate_privileged
 M64 = (1 << 64) - 1
 RDMSR, WRMSR, XSETBV = b"\x0f\x32", b"\x0f\x30", b"\x0f\x01\xd1"
 MSR_FS_BASE, MSR_GS_BASE, MSR_KERNEL_GS_BASE = 0xC0000100, 0xC0000101, 0xC0000102
-REGISTERS = "rax rcx rdx rbx rsp rbp rsi rdi r8 r9 r10 r11 r12 r13 r14 r15".split()
+LOW = ["rax", "rcx", "rdx", "rbx", "rsp", "rbp", "rsi", "rdi"]
+REGISTERS = [*LOW, *(f"r{i}" for i in range(8, 16))]
 
 
 @pytest.fixture
