@@ -43,23 +43,42 @@ class Machines:
         base = SHARED_MEMORY if os.access(SHARED_MEMORY, os.W_OK) else None
         self.directory = Path(tempfile.mkdtemp(prefix="xsave-machine-", dir=base))
         self._names = map(str, itertools.count())
+        self._made: list[Machine] = []
 
     def make(self, nr_frames: int = 16 * MIB, seed: int = 1) -> Machine:
         directory = self.directory / next(self._names)
         directory.mkdir()
         xen_machine.create_files(directory, nr_frames, seed)
-        return Machine(directory, "small")
+        self._made.append(Machine(directory, "small"))
+        return self._made[-1]
 
     def close(self) -> None:
+        for machine in self._made:
+            for domain in domains_of(machine).copy():
+                remove(domain)
         shutil.rmtree(self.directory, ignore_errors=True)
 
 
 def make_domain(machine: Machine, domid: int = 1, *, max_pages: int = 1024) -> Domain:
     """An empty domain of one vCPU in virtual time."""
     log = machine.directory / f"console-{domid}.log"
-    return Domain(
+    domain = Domain(
         machine, domid, nr_vcpus=1, max_pages=max_pages, clock=VirtualClock(), log_path=log
     )
+    domains_of(machine).append(domain)
+    return domain
+
+
+def domains_of(machine: Machine) -> list[Domain]:
+    """The domains the tests made on a machine and did not remove yet."""
+    return machine.__dict__.setdefault("tests_domains", [])
+
+
+def remove(domain: Domain) -> None:
+    """Free a domain's frames and close its log, as the end of its process would."""
+    domains_of(domain.machine).remove(domain)
+    domain.console.close()
+    domain.machine.free_domain(domain.domid)
 
 
 def build_guest(

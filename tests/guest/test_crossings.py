@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.guest.rig import FULL, MIB, READ_ONLY, Guest
+from tests.guest.rig import FULL, MIB, READ_ONLY, Guest, remove
 from xsave.guest.xen import cpuregs
 from xsave.guest.xen.cpuregs import RAX, RBX, RCX, RDX, RIP, RSP
 from xsave.guest.xen.domain import PERDOMAIN_VA
@@ -181,7 +181,7 @@ def test_a_trap_and_back(module_machine, values, flags, misalign, masked):
         assert guest.hv.cpu.rflags == flags
         assert guest.vcpu.info.evtchn_upcall_mask == masked
     finally:
-        module_machine.free_domain(1)
+        remove(guest.domain)
 
 
 @pytest.mark.parametrize("masked", [0, 1])

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.guest.channels import ARRAY, CONTROL, LINK, LINKED, MASKED, OFFSET, PENDING, Channels
-from tests.guest.rig import Guest
+from tests.guest.rig import Guest, remove
 from xsave.guest.xen.events import FIFO_DEFAULT_PRIORITY
 
 
@@ -189,7 +189,7 @@ def test_no_event_is_lost(module_machine, steps, priorities):
                 waiting -= set(handled)
         assert set(channels.consume()) == waiting - masked
     finally:
-        module_machine.free_domain(1)
+        remove(guest.domain)
 
 
 @settings(max_examples=40)
@@ -214,4 +214,4 @@ def test_a_guest_that_writes_nonsense(module_machine, writes):
         channels.events.close(ports[0])
         assert guest.machine.pages[others].tobytes() == before
     finally:
-        module_machine.free_domain(1)
+        remove(guest.domain)

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.guest.rig import MIB, Guest
+from tests.guest.rig import MIB, Guest, remove
 from xsave.guest.xen import cpuregs
 from xsave.guest.xen.context import RFLAGS_IF, Vcpu, xsave_fault
 from xsave.guest.xen.cpuregs import RBX
@@ -95,7 +95,7 @@ def test_registers_come_back_as_they_went(module_machine, wanted):
         guest.vcpu.read_registers(guest.hv.cpu)
         assert bytes(context) == before
     finally:
-        module_machine.free_domain(1)
+        remove(guest.domain)
 
 
 def test_the_guest_runs_with_what_was_loaded(guest):
