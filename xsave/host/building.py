@@ -66,6 +66,7 @@ class Building:
             max_pages=int(arguments["max_pages"]),
             clock=clock,
             log_path=running.directory / "console.log",
+            xen_frames=arguments.get("xen_frames"),
         )
         domain.console.listeners.append(running.control.console_output)
         running.hypervisor = Hypervisor(domain, table())

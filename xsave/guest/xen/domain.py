@@ -8,6 +8,7 @@ GDTs at XEN_PERDOMAIN (slot 257), a page of reserved descriptors, a zero page an
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +27,7 @@ from xsave.guest.xen.console import Console
 from xsave.guest.xen.context import Vcpu
 from xsave.guest.xen.cpuid import CpuPolicy
 from xsave.guest.xen.events import EventChannels, Port
-from xsave.guest.xen.machine import M2P_L3_FRAME, Machine
+from xsave.guest.xen.machine import M2P_L3_FRAME, XEN_FRAMES, Machine
 from xsave.guest.xen.pagetable import PGT_SEG_DESC, PGT_WRITABLE, PGT_XEN, PageTables
 from xsave.guest.xen.time import RealClock, scale
 from xsave.guest.xen.xenstore import Connection, XenStore, service_ring
@@ -38,7 +39,6 @@ RESERVED_GDT_PAGE = 14
 HYPERVISOR_VIRT_START = 0xFFFF_8000_0000_0000
 # Supervisor only: the emulator reads descriptors as the CPU does, the guest must not write them.
 _XEN_PTE = PTE_PRESENT | PTE_RW | PTE_ACCESSED | PTE_DIRTY
-_XEN_FRAMES = 7
 # FLAT_RING1_CS32..FLAT_RING3_CS64 of xen/include/public/arch-x86/xen-x86_64.h
 _RESERVED_DESCRIPTORS = {
     0xE019 >> 3: 0x00CFFB000000FFFF,
@@ -60,7 +60,9 @@ class Domain:
         max_pages: int,
         clock: RealClock,
         log_path: Path,
+        xen_frames: Sequence[int] | None = None,
     ) -> None:
+        """xen_frames: XEN_FRAMES fresh frames of the domain's; None: take them here."""
         self.machine = machine
         self.max_pages = max_pages
         self.domid = domid
@@ -71,7 +73,7 @@ class Domain:
         self.shutdown_reason: int | None = None
         self.crash_message = ""
         self.never_run = True
-        self._allocate_xen_frames()
+        self._use_xen_frames(xen_frames or machine.allocate(domid, XEN_FRAMES).tolist())
         self.tables = PageTables(machine, domid, self._xen_l4_slots())
         self._hold_writable(self.shared_info_mfn)
         self.vcpus = [Vcpu(i, self.shared.vcpu_info[i]) for i in range(nr_vcpus)]
@@ -87,11 +89,10 @@ class Domain:
 
     # -- Xen's own frames ---
 
-    def _allocate_xen_frames(self) -> None:
-        mfns = [int(mfn) for mfn in self.machine.allocate(self.domid, _XEN_FRAMES)]
+    def _use_xen_frames(self, mfns: Sequence[int]) -> None:
         self.shared_info_mfn, self._l3, self._l2, self._l1 = mfns[:4]
         self._reserved_gdt, self._zero, self.scratch_mfn = mfns[4:]
-        self.machine.page_type[mfns[1:]] = PGT_XEN
+        self.machine.page_type[list(mfns[1:])] = PGT_XEN
         self.shared = SharedInfo.from_buffer(self.machine.map, self.shared_info_mfn << PAGE_SHIFT)
         for info in self.shared.vcpu_info:
             info.evtchn_upcall_mask = 1
@@ -147,7 +148,7 @@ class Domain:
 
     def nr_pages(self) -> int:
         """Frames the guest owns, Xen's own not counted."""
-        return int(np.count_nonzero(self.machine.owner == self.domid)) - _XEN_FRAMES
+        return int(np.count_nonzero(self.machine.owner == self.domid)) - XEN_FRAMES
 
     def start(self) -> None:
         """The first unpause: the clocks of this host begin, the restored state ends."""

@@ -19,7 +19,7 @@ import numpy as np
 
 from xsave.errors import ConnectionLost, XsaveError
 from xsave.frames import TYPE_PIN
-from xsave.guest.xen.machine import Machine
+from xsave.guest.xen.machine import XEN_FRAMES, Machine
 from xsave.guest.xen.wire import (
     pack_blobs,
     raise_error,
@@ -87,8 +87,9 @@ class Domctl:
         self.machine = machine
         self.domid = domid
         self.name = name
-        self.shared_info_mfn = 0  # known once begin() was called
         self._sock = sock
+        self._beginning = False  # begin() was sent, its answer not yet read
+        self._shared_info_mfn = 0
 
     def __enter__(self) -> Domctl:
         return self
@@ -108,7 +109,13 @@ class Domctl:
         on_event: Callable[[str], None] | None = None,
         **arguments: Any,
     ) -> tuple[dict[str, Any], bytes]:
+        self._begun()
         send_message(self._sock, {"op": op, **arguments}, blob)
+        return self._answer(on_event)
+
+    def _answer(
+        self, on_event: Callable[[str], None] | None = None
+    ) -> tuple[dict[str, Any], bytes]:
         while True:
             message, answer = receive_message(self._sock)
             if "event" not in message:
@@ -234,20 +241,37 @@ class Domctl:
     ) -> None:
         """Make the empty domain; a ballooned guest keeps to target_pages (all, if None).
 
-        Raises HostCannotTake, OutOfFrames.
+        Raises OutOfFrames. This does not wait for the domain's process, which takes its time to
+        start and is not needed to fill frames. (So Xen's frames are taken here: the same seed
+        gives the same frames.) What is asked of it first raises what became of this too:
+        HostCannotTake.
         """
-        message, _ = self._call(
-            "begin",
-            nr_vcpus=nr_vcpus,
-            max_pages=max_pages,
-            target_pages=max_pages if target_pages is None else target_pages,
-            deterministic=deterministic,
-            builtin=builtin,
-        )
-        self.shared_info_mfn = message["shared_info_mfn"]
+        arguments = {
+            "nr_vcpus": nr_vcpus,
+            "max_pages": max_pages,
+            "target_pages": max_pages if target_pages is None else target_pages,
+            "deterministic": deterministic,
+            "builtin": builtin,
+            "xen_frames": self.populate(XEN_FRAMES).tolist(),
+        }
+        send_message(self._sock, {"op": "begin", **arguments})
+        self._beginning = True
+
+    def _begun(self) -> None:
+        if self._beginning:
+            self._beginning = False
+            self._shared_info_mfn = self._answer()[0]["shared_info_mfn"]
+
+    @property
+    def shared_info_mfn(self) -> int:
+        """The frame of shared_info of a domain that is being built."""
+        self._begun()
+        return self._shared_info_mfn
 
     def abandon(self) -> None:
         """Give up a domain that was being built; waits until nothing of it is left."""
+        with contextlib.suppress(XsaveError):
+            self._begun()
         with contextlib.suppress(XsaveError):
             self.destroy()
         with contextlib.suppress(OSError, ConnectionLost):

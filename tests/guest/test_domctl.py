@@ -1,0 +1,65 @@
+"""domctl: a begin that is not waited for is not forgotten either."""
+
+from __future__ import annotations
+
+import socket
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from xsave.errors import HostCannotTake
+from xsave.guest.xen.domctl import Domctl
+from xsave.guest.xen.machine import XEN_FRAMES
+from xsave.guest.xen.wire import error_message, receive_message, send_message
+
+
+@pytest.fixture
+def ends():
+    """A domctl, and the end of its connection where the domain's process would be."""
+    ours, theirs = socket.socketpair()
+    theirs.settimeout(10)
+    machine = SimpleNamespace(allocate=lambda domid, nr: np.arange(nr, dtype=np.uint64) + 50)
+    with Domctl(machine, 1, "g", ours) as domctl, theirs:
+        yield domctl, theirs
+
+
+def test_begin_does_not_wait(ends):
+    """begin() returns although nobody answers; Xen's frames go with it."""
+    domctl, theirs = ends
+    domctl.begin(nr_vcpus=1, max_pages=256)
+    message, _ = receive_message(theirs)
+    assert message["op"] == "begin"
+    assert message["xen_frames"] == list(range(50, 50 + XEN_FRAMES))
+
+
+def test_its_answer_is_waited_for(ends):
+    """What needs the domain has it: shared_info's frame is that of the answer."""
+    domctl, theirs = ends
+    domctl.begin(nr_vcpus=1, max_pages=256)
+    send_message(theirs, {"shared_info_mfn": 77})
+    assert domctl.shared_info_mfn == 77
+    assert domctl.shared_info_mfn == 77
+
+
+def test_its_error_is_raised_by_the_next_request(ends):
+    """A begin that failed is raised where something is asked first, and only there."""
+    domctl, theirs = ends
+    domctl.begin(nr_vcpus=99, max_pages=256)
+    send_message(theirs, error_message(HostCannotTake("99 vCPUs")))
+    send_message(theirs, {})
+    with pytest.raises(HostCannotTake, match="99 vCPUs"):
+        domctl.commit()
+    domctl.commit()
+
+
+def test_abandon_asks_for_the_end_all_the_same(ends):
+    """Whatever became of begin, a domain that is given up is told to go."""
+    domctl, theirs = ends
+    domctl.begin(nr_vcpus=99, max_pages=256)
+    send_message(theirs, error_message(HostCannotTake("99 vCPUs")))
+    send_message(theirs, {})
+    theirs.shutdown(socket.SHUT_WR)
+    domctl.abandon()
+    asked = [receive_message(theirs)[0]["op"] for _ in range(2)]
+    assert asked == ["begin", "destroy"]
