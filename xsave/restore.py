@@ -113,6 +113,8 @@ class Reader:
 
     def abandon(self) -> None:
         """Leave nothing behind of a restore that failed."""
+        if self._memory is not None:
+            self._memory.stop()
         if self._domctl is not None:
             self._domctl.abandon()
 
@@ -126,6 +128,7 @@ class Reader:
             self._check_tail(decoder)
         if self._memory is None or self._domctl is None:
             raise ImageError("the image has no X86_PV_P2M_FRAMES record", offset=decoder.position)
+        self._memory.complete()
         self._report(Stage("restore", "settle", "page tables, p2m, vCPUs"))
         self._check_vcpus(decoder.position)
         settle_domain(self._domctl, self._memory, self._parts, self._state(self._memory))

@@ -72,7 +72,9 @@ class Settler:
             i = int(np.flatnonzero(wrong)[0])
             what = f"pfn {targets[i]:#x}, which is no page table of level {here[i] - 1}"
             self._refuse_entry(int(pfns[rows[i]]), int(slots[i]), what)
-        memory.populate(np.unique(targets))
+        named = np.zeros(memory.p2m.size, bool)
+        named[targets] = True
+        memory.populate(np.flatnonzero(named))
         machine.mem[memory.p2m[pfns]] = localise(tables, memory.p2m)
 
     def _check_entries(
