@@ -38,7 +38,9 @@ def world():
     home = make_home()
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XSAVE_HOME", str(home))
-        yield add_host("a", 16 * flow.MIB, seed=1), forked.Forks(patch)
+        forks = forked.Forks(patch)
+        yield add_host("a", 16 * flow.MIB, seed=1), forks
+        forks.kill()
     end_processes(home)
     shutil.rmtree(home)
 

@@ -7,8 +7,10 @@ that stay paused: nothing here ever loads the emulator.
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import time
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -26,29 +28,40 @@ class Forks:
         self._children = []
         monkeypatch.setattr(spawn, "subprocess", SimpleNamespace(Popen=self._popen, DEVNULL=None))
 
-    def _popen(self, command, *, stdout, **_):
+    def _popen(self, command, *, stdout, pass_fds, **_):
         pid = os.fork()
         if pid == 0:
-            run_child(command[command.index(spawn.PROCESS_MODULE) + 1 :], stdout.fileno())
+            arguments = command[command.index(spawn.PROCESS_MODULE) + 1 :]
+            run_child(arguments, stdout.fileno(), pass_fds)
         self._children.append(pid)
+
+    def kill(self):
+        """Kill the children that a failed test left behind."""
+        for pid in self._children:
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+        self._children.clear()
 
     def all_end(self, seconds=10):
         """Assert that every child ends by itself, without a complaint."""
         deadline = time.monotonic() + seconds
-        for pid in self._children:
-            while os.waitpid(pid, os.WNOHANG) == (0, 0):
-                assert time.monotonic() < deadline, f"domain process {pid} does not end"
+        while self._children:
+            while os.waitpid(self._children[0], os.WNOHANG) == (0, 0):
+                assert time.monotonic() < deadline, "a domain process does not end"
                 time.sleep(0.001)
-        self._children.clear()
+            self._children.pop(0)
 
 
-def run_child(arguments, log):
-    """Be a domain process."""
+def run_child(arguments, log, keep):
+    """Be a domain process, with no descriptor but its log and those to keep."""
     status = 1
     try:
         os.setsid()
         os.dup2(log, 1)
         os.dup2(log, 2)
+        edges = [2, *sorted(keep), os.sysconf("SC_OPEN_MAX")]
+        for before, behind in pairwise(edges):
+            os.closerange(before + 1, behind)
         sys.stdout = sys.stderr = os.fdopen(2, "w")
         process.main(arguments)
         status = 0

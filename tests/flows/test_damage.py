@@ -10,6 +10,7 @@ import struct
 import subprocess
 import tracemalloc
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -18,6 +19,7 @@ from tests.flows import flow, forked
 from tests.flows.flow import MIB
 from tests.flows.ruined import PIECES, RECORDS, SOUND, damaged, error_of, refused
 from tests.image.pieces import index, patched, twice, without
+from tests.image.synthetic import NR_POPULATED
 from xsave.errors import HostCannotTake, ImageError
 from xsave.host.channel import open_sink
 from xsave.host.host import add_host
@@ -32,7 +34,14 @@ def boundaries(data):
 
 
 def test_the_sound_image_is_taken(world):
-    """Else all of this would prove nothing."""
+    """Else all of this would prove nothing. The domain has as many frames as the image has pages;
+    what was taken for the holes in its memory is given back."""
+    host, _ = world
+    info = forked.restore(host, SOUND, cpu_mismatch="allow")
+    assert info.memory_bytes == NR_POPULATED * 4096
+    assert np.count_nonzero(host.machine.owner == info.domid) - NR_POPULATED < 8
+    flow.destroy(host, str(info.domid))
+    host.settle()
     assert error_of(world, SOUND) is None
 
 

@@ -21,7 +21,7 @@ from xsave.host.host import add_host
 from xsave.image import libxc
 from xsave.image.buffers import reader
 from xsave.image.stream import PageBatch, StreamDecoder
-from xsave.public import VcpuGuestContext
+from xsave.public import SharedInfo, StartInfo, VcpuGuestContext
 
 
 def again(host, image, target):
@@ -74,7 +74,7 @@ def test_builtin_guest_saved_at_any_moment(host, tmp_path):
 
 
 def test_linux_saved_here(xsave_home, micro_linux, tmp_path):
-    """A Linux that this host booted and saved."""
+    """A Linux that this host booted and saved; the root of its linear p2m is named by pfn."""
     kernel, ramdisk = map(str, micro_linux)
     host = add_host("a", 64 * MIB, seed=3)
     cmdline = "console=hvc0 rdinit=/init quiet seed=3 pages=20"
@@ -83,7 +83,32 @@ def test_linux_saved_here(xsave_home, micro_linux, tmp_path):
     save(host, tmp_path / "first")
     again(host, tmp_path / "first", tmp_path / "second")
     assert difference(tmp_path / "second", tmp_path / "first") is None
+    pages = Pages(tmp_path / "first")
+    assert pages.types[pages.p2m_root_pfn] & 7 == PageType.L4TAB
     nothing_is_left(host)
+
+
+def test_what_a_restored_guest_finds(host, builtin_image):
+    """In start_info, at the mfn in rdx: its own size, the address of this host's shared_info,
+    rings that are its own frames at the pfns the image named, and their new event channels."""
+    restore(host, builtin_image, paused=True)
+    image = Pages(builtin_image)
+    before = StartInfo.from_buffer_copy(image.pages[image.start_info_pfn].tobytes())
+    with host.find("g") as domctl:
+        context = VcpuGuestContext.from_buffer_copy(domctl.vcpus()[0].context)
+        page = host.machine.pages[context.user_regs.rdx].tobytes()
+        info, m2p = StartInfo.from_buffer_copy(page), host.machine.m2p
+        assert m2p[context.user_regs.rdx] == image.start_info_pfn
+        assert info.nr_pages == image.types.size
+        assert info.shared_info == domctl.state().shared_info_mfn << 12
+        assert (m2p[info.store_mfn], m2p[info.console_mfn]) == (
+            before.store_mfn,
+            before.console_mfn,
+        )
+        assert domctl.owned(np.array([info.store_mfn, info.console_mfn], np.uint64)).all()
+    assert info.store_evtchn
+    assert info.console_evtchn
+    assert info.store_evtchn != info.console_evtchn
 
 
 class Pages:
@@ -100,6 +125,9 @@ class Pages:
             elif isinstance(value, PageBatch):
                 self.types[value.pfns] = value.types
                 self.pages[value.pfns[value.has_data]] = value.pages
+            elif isinstance(value, libxc.SharedInfo):
+                shared = SharedInfo.from_buffer_copy(value.content)
+                self.p2m_root_pfn = shared.arch.p2m_cr3 >> 12
             elif isinstance(value, libxc.X86PvVcpuBasic) and value.vcpu_id == 0:
                 context = VcpuGuestContext.from_buffer_copy(value.context)
                 self.start_info_pfn = context.user_regs.rdx
