@@ -73,12 +73,13 @@ def _reservation(hv: Hypervisor, command: int, argument: int, start: int) -> int
 
 def _decrease(hv: Hypervisor, mfns: list[int]) -> int:
     """Give frames back; stops at one that is not the domain's or still in use."""
-    given = []
+    tables = hv.tables
+    given: dict[int, None] = {}
     for mfn in mfns:
-        if not hv.tables.owned(mfn) or hv.tables.refs[mfn] or hv.tables.count[mfn]:
+        if mfn in given or not tables.owned(mfn) or tables.refs[mfn] or tables.count[mfn]:
             break
-        given.append(mfn)
-    hv.domain.machine.free(np.array(given, np.uint64))
+        given[mfn] = None
+    hv.domain.machine.free(np.array(list(given), np.uint64))
     return len(given)
 
 
