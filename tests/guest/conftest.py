@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from tests.guest.arena import NoCpu
 from tests.guest.rig import MIB, Guest, Machines
 
 
@@ -25,6 +26,19 @@ def machine(machines):
 def guest(machine):
     """A guest with hand-made page tables."""
     return Guest(machine)
+
+
+@pytest.fixture
+def asking(guest):
+    """The same without a CPU, to make hypercalls by hand."""
+    guest.hv.cpu, guest.hv.q = NoCpu(), memoryview(bytearray(4096)).cast("Q")
+    return guest
+
+
+@pytest.fixture
+def foreign(machine):
+    """A frame of another domain's."""
+    return Guest(machine, domid=2).frames[6]
 
 
 @pytest.fixture(scope="module")

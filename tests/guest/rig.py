@@ -148,6 +148,12 @@ class Guest:
     def peek(self, page: int, offset: int, nr: int) -> bytes:
         return self.machine.pages[self.frames[page], offset : offset + nr].tobytes()
 
+    def unmap(self, *pages: int) -> list[int]:
+        """Take the mapping of plain pages away, so that they may become tables; their frames."""
+        for page in pages:
+            assert self.tables.update_entry(self.l1, page, 0) == 0
+        return [self.frames[page] for page in pages]
+
     def power_on(self) -> None:
         """Stack at the end of page 1, code in page 0."""
         self.vcpu.context.kernel_sp = self.va(2)
