@@ -138,7 +138,7 @@ def test_paused_before_it_ever_ran(host, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("delay_ms", [0, 1, 3, 8])
+@pytest.mark.parametrize("delay_ms", [0, 3])
 def test_paused_while_it_suspends(host, tmp_path, monkeypatch, delay_ms):
     """A pause that comes in the middle: the save ends well or late, in one error; unpaused, the
     guest goes on."""
@@ -254,7 +254,7 @@ def test_a_guest_that_is_late(xsave_home, tmp_path, monkeypatch):
     assert failed
     for timeout in timeouts:
         name = f"g{timeout}"
-        without_gap(wait_for_tick(host, name, after=2))
+        without_gap(wait_for_tick(host, name, after=1))
         assert state(host, name) == "running"
         assert console(host, name).count("SUSPEND\n") == console(host, name).count("RESUME ")
 

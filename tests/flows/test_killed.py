@@ -139,7 +139,7 @@ def test_many_restores_are_killed(xsave, localhost, builtin_image):
     kill_restores(xsave, localhost, builtin_image, KILLS)
 
 
-@pytest.mark.parametrize("event", [1, 2, 3, 4, 6])
+@pytest.mark.parametrize("event", [1, 3, 5])
 def test_ctrl_c_of_a_save(xsave, guest, tmp_path, event):
     """SIGINT behind one of its events: 130, `interrupted`, no file, and the guest runs on; or it
     came too late and all of it is done."""
@@ -171,7 +171,7 @@ def test_ctrl_c_of_a_save_that_waits(xsave, guest, tmp_path):
     runs_on(guest)
 
 
-@pytest.mark.parametrize("event", [1, 2, 3])
+@pytest.mark.parametrize("event", [1, 3])
 def test_ctrl_c_of_a_restore(xsave, localhost, builtin_image, event):
     """SIGINT behind one of its events: 130 and nothing is left; or it came too late."""
     process, wait_for_event = start_with_progress(xsave, "restore", builtin_image)
