@@ -76,6 +76,10 @@ def test_structures_may_cross_pages(guest):
     assert call(guest, 12, 12, guest.va(ARGS, 4090)) == 0
     crossing = guest.peek(ARGS, 4090, 6) + guest.peek(OUT, 0, 18)
     assert struct.unpack("<QQQ", crossing) == (M2P, 0xFFFF_8040_0000_0000, 0x7_FFFF_FFFF)
+    guest.poke(ARGS, 4090, b"across")
+    guest.poke(OUT, 0, b" pages")
+    assert call(guest, 18, 0, 12, guest.va(ARGS, 4090)) == 0
+    assert (guest.machine.directory / "console-1.log").read_bytes() == b"across pages"
 
 
 def test_absurd_lengths(guest):
@@ -121,6 +125,7 @@ def test_set_gdt(guest):
     guest.poke(ARGS, 0, struct.pack("<QQ", five, six))
     assert guest.hv.call(2, guest.va(ARGS), 1024, 0, 0, 0) == 0
     assert list(guest.vcpu.context.gdt_frames)[:2] == [five, six]
+    guest.poke(ARGS, 0, struct.pack("<15Q", *[five] * 15))
     assert guest.hv.call(2, guest.va(ARGS), 14 * 512 + 1, 0, 0, 0) == REFUSED
     assert guest.hv.call(2, 0x1000, 512, 0, 0, 0) == -errno.EFAULT
     assert guest.vcpu.context.gdt_ents == 1024

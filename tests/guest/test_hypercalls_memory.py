@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from tests.guest.calling import ARGS, M2P, OUT, UNKNOWN, call
+from tests.guest.rig import READ_ONLY
 
 pytestmark = pytest.mark.usefixtures("asking")
 
@@ -46,7 +47,9 @@ def test_frames_are_given_back(guest):
     """decrease_reservation frees frames that nothing names, up to the first that is still mapped,
     a table, Xen's or another's; a repeated call goes on where it stopped."""
     given = guest.unmap(5, 6, 7)
-    for stop in (guest.frames[8], guest.l1, guest.domain.scratch_mfn, 1, 1 << 40):
+    read_only = guest.frames[9]
+    assert guest.tables.update_entry(guest.l1, 9, read_only << 12 | READ_ONLY) == 0
+    for stop in (guest.frames[8], read_only, guest.l1, guest.domain.scratch_mfn, 1, 1 << 40):
         assert reservation(guest, 1, [given[0], stop, given[1]]) == 1
         assert guest.machine.owner[given[1]] == 1
         guest.machine.owner[given[0]] = 1
