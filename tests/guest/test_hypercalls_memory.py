@@ -67,7 +67,10 @@ def test_frames_are_asked_for(guest):
     """populate_physmap puts fresh frames behind pfns, up to the domain's maximum, and tells which;
     the m2p knows them."""
     domain, machine = guest.domain, guest.machine
-    domain.max_pages = domain.nr_pages() + 2
+    domain.max_pages = domain.nr_pages() + 3
+    assert reservation(guest, 6, [10, 20, 30], start=2) == 3
+    assert guest.peek(OUT, 0, 16) == struct.pack("<QQ", 10, 20)
+    assert machine.m2p[struct.unpack("<Q", guest.peek(OUT, 16, 8))[0]] == 30
     assert reservation(guest, 6, [100, 200, 300]) == 2
     mfns = np.array(struct.unpack("<2Q", guest.peek(OUT, 0, 16)))
     assert (machine.owner[mfns] == 1).all()
