@@ -52,7 +52,7 @@ def test_a_checkpoint(host, tmp_path):
     wait_for_tick(host)
     save(host, tmp_path / "img", leave="running")
     assert state(host) == "running"
-    before, _, after = wait_for_tick(host, after=2).partition("RESUME cancelled\n")
+    before, _, after = wait_for_tick(host, after=1).partition("RESUME cancelled\n")
     assert before.endswith("SUSPEND\n")
     assert ticks(after)[0] == ticks(before)[-1] + 1
     restore(host, tmp_path / "img", name="copy")
@@ -142,7 +142,7 @@ def test_paused_before_it_ever_ran(host, tmp_path):
 def test_paused_while_it_suspends(host, tmp_path, monkeypatch, delay_ms):
     """A pause that comes in the middle: the save ends well or late, in one error; unpaused, the
     guest goes on."""
-    monkeypatch.setenv("XSAVE_SUSPEND_TIMEOUT", "0.5")
+    monkeypatch.setenv("XSAVE_SUSPEND_TIMEOUT", "0.2")
     create(host)
     seen = max(ticks(wait_for_tick(host)))
     outcome = []
@@ -162,7 +162,7 @@ def test_paused_while_it_suspends(host, tmp_path, monkeypatch, delay_ms):
         assert outcome
         assert (tmp_path / "img").exists() != isinstance(outcome[0], SuspendFailed)
         domctl.unpause()
-    without_gap(wait_for_tick(host, after=seen + 1))
+    without_gap(wait_for_tick(host, after=seen))
     assert state(host) == "running"
 
 
