@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from types import SimpleNamespace
 
@@ -11,10 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from xsave.errors import ImageError, OutOfFrames
+from xsave.errors import ImageError, OutOfFrames, StorageError
 from xsave.frames import INVALID_P2M_ENTRY, PAGE_SIZE, PageType
 from xsave.image.pages import PageBatch
-from xsave.placing import Copies, Memory
+from xsave.placing import Memory
 
 NR_FRAMES = 4096
 P2M_SIZE = 300
@@ -28,7 +27,13 @@ class StandIn:
         self.given_back = []
         pages = np.zeros((NR_FRAMES, PAGE_SIZE), np.uint8)
         m2p = np.full(NR_FRAMES, INVALID_P2M_ENTRY, np.uint64)
-        self.machine = SimpleNamespace(pages=pages, m2p=m2p, free=self.given_back.extend)
+        self.machine = SimpleNamespace(
+            pages=pages, m2p=m2p, free=self.given_back.extend, write_frames=self.write_frames
+        )
+
+    def write_frames(self, mfns, pages, rows):
+        assert len(set(mfns.tolist())) == len(mfns)
+        self.machine.pages[mfns.astype(np.intp)] = pages[rows]
 
     def populate(self, nr):
         if nr > self.free.size:
@@ -120,50 +125,35 @@ def test_a_pfn_outside_is_refused():
     assert not domctl.machine.pages.any()
 
 
-def test_nothing_runs_after_stop():
-    """stop() drops what has not begun and waits for what has."""
-    copies, go, ran = Copies(), threading.Event(), []
+def test_nothing_is_written_after_stop():
+    """When stop() returns the frames may go to another domain: nothing writes to them."""
+    domctl = StandIn()
+    memory = Memory(domctl, P2M_SIZE)
+    calls = []
 
-    def slow(number):
-        go.wait()
+    def write_slowly(mfns, pages, rows):
         time.sleep(0.02)
-        ran.append(number)
+        calls.append(rows.size)
 
-    for number in range(50):
-        copies.start(1, slow, number)
-    threading.Timer(0.02, go.set).start()
-    copies.stop()
-    after = list(ran)
+    domctl.machine.write_frames = write_slowly
+    for first in range(0, P2M_SIZE, 10):
+        memory.place(batch([(first + i, 1) for i in range(10)]), None, 0)
+    memory.stop()
+    after = list(calls)
     time.sleep(0.1)
-    assert ran == after
-    assert len(ran) < 50
+    assert calls == after
+    assert len(after) < 5
 
 
-def test_a_failed_copy_is_raised():
-    """What goes wrong in a thread reaches whoever waits for the copies."""
-    copies = Copies()
+def test_a_write_that_fails_is_raised():
+    """What goes wrong in the thread reaches the restore."""
+    domctl = StandIn()
+    memory = Memory(domctl, P2M_SIZE)
 
-    def fail():
-        raise MemoryError
+    def fail(*_):
+        raise StorageError("no space")
 
-    copies.start(1, fail)
-    with pytest.raises(MemoryError):
-        copies.finish()
-    copies.stop()
-
-
-def test_few_data_wait():
-    """However many records come, the data that wait are bounded."""
-    copies, held, most = Copies(), [0], [0]
-
-    def hold(nbytes):
-        time.sleep(0.001)
-        held[0] -= nbytes
-
-    for _ in range(40):
-        held[0] += 8 << 20
-        most[0] = max(most[0], held[0])
-        copies.start(8 << 20, hold, 8 << 20)
-    copies.finish()
-    copies.stop()
-    assert most[0] <= 48 << 20
+    domctl.machine.write_frames = fail
+    memory.place(batch([(1, 1)]), None, 0)
+    with pytest.raises(StorageError):
+        memory.complete()

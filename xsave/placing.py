@@ -4,21 +4,15 @@ Whole batches only. Fresh frames hold zeros, so a page that is zero is not writt
 stays untouched; it is written only over content that came earlier (a live migration's repeats:
 the last occurrence of a pfn wins).
 
-What a restore waits for is the first touch of its frames. So batches are copied by a few threads
-(numpy copies without the GIL) while the next one is read and the domain's process still starts;
-but a pfn that comes again waits for all that came before it.
+What a restore waits for is the first touch of its frames. So a thread puts pages into them, in
+the order in which they came, while the next ones are read and the domain's process still starts.
 """
 
 from __future__ import annotations
 
-import os
-from collections import deque
-from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
-
 import numpy as np
 
+from xsave.behind import Behind
 from xsave.errors import ImageError, OutOfFrames
 from xsave.frames import INVALID_P2M_ENTRY, PAGE_SIZE, PageType
 from xsave.guest.xen.domctl import Domctl
@@ -26,40 +20,9 @@ from xsave.image.pages import PageBatch, has_data, zero_pages
 
 #: Frames asked for at once, at least; what is left is given back at the end.
 _POOL_FRAMES = 16384
-_MAX_THREADS = 4
-#: Image data that may wait to be copied, unless one record alone is more.
+#: Pages that may wait to be put into frames, unless one record alone is more.
 _MAX_WAITING_BYTES = 32 << 20
 _INVALID = np.uint64(INVALID_P2M_ENTRY)
-
-
-class Copies:
-    """Calls under way on a few threads; what one raises is raised by a later method."""
-
-    def __init__(self) -> None:
-        self._pool = ThreadPoolExecutor(min(os.cpu_count() or 1, _MAX_THREADS), "place")
-        self._waiting: deque[tuple[Future[None], int]] = deque()
-        self._nbytes = 0
-
-    def start(self, nbytes: int, call: Callable[..., None], *arguments: Any) -> None:
-        """Call soon; wait first until there is room for the data that the call holds."""
-        while self._waiting and self._nbytes + nbytes > _MAX_WAITING_BYTES:
-            self._finish_oldest()
-        self._waiting.append((self._pool.submit(call, *arguments), nbytes))
-        self._nbytes += nbytes
-
-    def _finish_oldest(self) -> None:
-        future, nbytes = self._waiting.popleft()
-        self._nbytes -= nbytes
-        future.result()
-
-    def finish(self) -> None:
-        """Wait for all."""
-        while self._waiting:
-            self._finish_oldest()
-
-    def stop(self) -> None:
-        """End the threads; what has not begun is dropped, and nothing runs when this returns."""
-        self._pool.shutdown(wait=True, cancel_futures=True)
 
 
 class Memory:
@@ -70,9 +33,8 @@ class Memory:
         self._machine = domctl.machine
         self.p2m = np.full(p2m_size, _INVALID, np.uint64)
         self.types = np.full(p2m_size, PageType.XTAB, np.uint8)
-        self._copies = Copies()
-        self._came = np.zeros(p2m_size, bool)  # with data, written or not
         self._written = np.zeros(p2m_size, bool)
+        self._write_behind = Behind(self._write, _MAX_WAITING_BYTES)
         self._offsets = np.zeros(p2m_size, np.uint64)
         self._pool = np.empty(0, np.uint64)
         self.nr_populated = 0
@@ -94,7 +56,8 @@ class Memory:
         with_data = batch.pfns[has_data(batch.types)]
         where = np.arange(with_data.size, dtype=np.uint64) * np.uint64(PAGE_SIZE)
         self._offsets[with_data] = where + np.uint64(batch.pages_offset)
-        self._copy(with_data, batch.pages, zero)
+        if with_data.size:
+            self._write_behind(batch.pages.nbytes, with_data, batch.pages, zero)
 
     def offset_of(self, pfn: int) -> int | None:
         """Return where in the image the page's bytes were, None if it came with none."""
@@ -131,39 +94,25 @@ class Memory:
 
     def complete(self) -> None:
         """All pages came: have them in their frames when this returns."""
-        self._copies.finish()
-        self._copies.stop()
+        self._write_behind.finish()
 
     def stop(self) -> None:
         """Have nothing write to the frames any more; they may go to another domain."""
-        self._copies.stop()
+        self._write_behind.abandon()
 
     def give_back_pool(self) -> None:
         """Free the frames that were not needed."""
         self._machine.free(self._pool)
         self._pool = self._pool[:0]
 
-    def _copy(self, pfns: np.ndarray, pages: np.ndarray, zero: np.ndarray | None) -> None:
+    def _write(self, pfns: np.ndarray, pages: np.ndarray, zero: np.ndarray | None) -> None:
+        """Put pages into the frames of their pfns. In the thread."""
+        rows = np.arange(pfns.size)
         if not _ascending(pfns):
-            last = _last_of_each(pfns)
-            pfns, pages, zero = pfns[last], pages[last], None if zero is None else zero[last]
-        again = bool(self._came[pfns].any())
-        if again:
-            self._copies.finish()
-        elif zero is not None and zero.all():
-            return
-        self._came[pfns] = True
-        self._copies.start(pages.nbytes, self._copy_now, pfns, pages, zero)
-
-    def _copy_now(self, pfns: np.ndarray, pages: np.ndarray, zero: np.ndarray | None) -> None:
-        full = _not_zero(pages, zero)
-        full |= self._written[pfns]
-        mfns = self.p2m[pfns]
-        if full.all():
-            self._machine.pages[mfns] = pages
-        elif full.any():
-            self._machine.pages[mfns[full]] = pages[full]
-        self._written[pfns[full]] = True
+            rows = _last_of_each(pfns)
+        rows = rows[_not_zero(pages, zero)[rows] | self._written[pfns[rows]]]
+        self._machine.write_frames(self.p2m[pfns[rows]], pages, rows)
+        self._written[pfns[rows]] = True
 
 
 def _ascending(pfns: np.ndarray) -> bool:

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from xsave import p2m as guest_p2m
-from xsave.behind import WriteBehind
+from xsave.behind import Behind
 from xsave.canonical import canonical_p2m, canonicalise, mfns_to_pfns
 from xsave.errors import GuestStateError, XsaveError
 from xsave.frames import INVALID_P2M_ENTRY, PageType
@@ -31,8 +31,8 @@ from xsave.image.stream import StreamEncoder
 from xsave.progress import Finished, Pages, Report, Stage, ignore
 from xsave.public import SharedInfo, StartInfo, VcpuGuestContext
 
-#: Batches that wait to be written, or are being written, while the next one is looked at.
-_WRITE_DEPTH = 4
+#: Pages that wait to be written, or are being written, while the next ones are looked at.
+_MAX_WAITING_BYTES = 16 << 20
 GUEST_WIDTH, PT_LEVELS = 8, 4
 _INVALID = np.uint64(INVALID_P2M_ENTRY)
 
@@ -187,12 +187,13 @@ class Writer:
         types[backed] = self._domctl.page_types(p2m[backed])
         patches = self._patches(found, types, start_info_pfn, state)
         gatherer = Gatherer(self._domctl, p2m, types, patches)
-        with WriteBehind(self._sink, _WRITE_DEPTH) as write:
+        with Behind(self._sink, _MAX_WAITING_BYTES) as write:
             for batch in gatherer:
-                write(batch.buffers)
+                size = sum(map(nbytes, batch.buffers))
+                write(size, batch.buffers)
                 self.nr_pages += batch.nr_pages
                 self.zero_pages += batch.zero_pages
-                self.image_bytes += sum(map(nbytes, batch.buffers))
+                self.image_bytes += size
                 done = batch.end_pfn
                 self._report(Pages("save", done, p2m.size, self.image_bytes, self.zero_pages))
 

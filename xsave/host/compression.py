@@ -221,7 +221,7 @@ class CompressingSink(Sink):
             )
         return bytes(self._local.compressor.compress(content))
 
-    def precheck(self, nbytes: int) -> None:
+    def precheck(self, needed: int) -> None:
         """Nothing can be said: the compressed size is not known."""
 
     def commit(self) -> None:

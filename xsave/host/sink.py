@@ -21,8 +21,8 @@ import numpy as np
 
 from xsave.errors import StorageError
 from xsave.host.oserror import storage_error
-from xsave.host.vectors import behind, vectors, write_vectors
-from xsave.image.buffers import Buffer, Zeros
+from xsave.image.buffers import Buffer, Rows, Zeros, nbytes
+from xsave.vectors import behind, row_vectors, write_vectors
 
 _ZEROS = memoryview(bytes(1 << 20))
 #: Fewer zeros than this are written: their hole would free few blocks and cost a system call.
@@ -47,7 +47,7 @@ class Sink:
         """Append these buffers to the stream."""
         raise NotImplementedError
 
-    def precheck(self, nbytes: int) -> None:
+    def precheck(self, needed: int) -> None:
         """Raise StorageError if that many bytes will not fit, where that can be known."""
 
     def commit(self) -> None:
@@ -109,10 +109,10 @@ class FileSink(Sink):
             _libc.sync_file_range(self._fd, start, length, _SYNC_FILE_RANGE_WRITE)
             self._flushed = self.position
 
-    def precheck(self, nbytes: int) -> None:
+    def precheck(self, needed: int) -> None:
         """Raise StorageError unless the file system has that many bytes free."""
-        if (free := self._free_bytes()) < nbytes:
-            self._no_space(free, nbytes)
+        if (free := self._free_bytes()) < needed:
+            self._no_space(free, needed)
 
     def commit(self) -> None:
         """Give the file its length, put it on disk and in its place, and the name on disk too."""
@@ -232,3 +232,18 @@ def _parts(buffers: Sequence[Buffer], min_hole: int) -> Iterator[list[Buffer] | 
             yield buffer
             together = []
     yield together
+
+
+def vectors(buffers: Sequence[Buffer]) -> np.ndarray:
+    """Return the iovecs of these buffers, (n, 2) u64: address and length, none of them empty.
+
+    They hold no reference: the buffers must live, and stay where they are, while they are used.
+    """
+    parts = [np.empty((0, 2), np.uint64)]
+    for buffer in buffers:
+        if isinstance(buffer, Rows):
+            parts.append(row_vectors(buffer.source, buffer.index))
+        elif nbytes(buffer):
+            address = np.frombuffer(buffer, np.uint8).ctypes.data
+            parts.append(np.array([[address, nbytes(buffer)]], np.uint64))
+    return np.concatenate(parts)

@@ -11,8 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from xsave.host.vectors import behind, vectors, write_vectors
+from xsave.host.sink import vectors
 from xsave.image.buffers import Rows
+from xsave.vectors import behind, write_vectors
 
 FRAMES = np.random.default_rng(3).integers(0, 256, (50, 64), np.uint8)
 

@@ -1,18 +1,16 @@
 """Scattered memory in one system call: writev(2) and pwritev(2) with vectors that numpy makes.
 
 The rows of a big array (a guest's pages in machine memory) go to the kernel by their addresses,
-so that nobody gathers them first and no Python runs per row. The GIL is free meanwhile.
+so that nobody gathers them first and no Python runs per row. The GIL is free meanwhile. A leaf:
+imports nothing of xsave.
 """
 
 from __future__ import annotations
 
 import ctypes
 import os
-from collections.abc import Sequence
 
 import numpy as np
-
-from xsave.image.buffers import Buffer, Rows, nbytes
 
 #: Vectors of one system call (IOV_MAX).
 MAX_VECTORS = 1024
@@ -21,28 +19,17 @@ _libc = ctypes.CDLL(None, use_errno=True)
 _libc.writev.restype = _libc.pwritev.restype = ctypes.c_ssize_t
 
 
-def vectors(buffers: Sequence[Buffer]) -> np.ndarray:
-    """Return the iovecs of these buffers, (n, 2) u64: address and length, none of them empty.
+def row_vectors(array: np.ndarray, index: np.ndarray) -> np.ndarray:
+    """Return the iovecs of these rows of an array, (k, 2) u64: address and length.
 
-    They hold no reference: the buffers must live, and stay where they are, while they are used.
+    The rows must be contiguous. No reference is held: the array must live while they are used.
     """
-    parts = [_rows(buffer) if isinstance(buffer, Rows) else _plain(buffer) for buffer in buffers]
-    return np.concatenate(parts) if parts else np.empty((0, 2), np.uint64)
-
-
-def _plain(buffer: Buffer) -> np.ndarray:
-    if not nbytes(buffer):
-        return np.empty((0, 2), np.uint64)
-    address = np.frombuffer(buffer, np.uint8).ctypes.data
-    return np.array([[address, nbytes(buffer)]], np.uint64)
-
-
-def _rows(rows: Rows) -> np.ndarray:
-    found = np.empty((len(rows.index), 2), np.uint64)
-    found[:, 0] = rows.index
-    found[:, 0] *= np.uint64(rows.row_bytes)
-    found[:, 0] += np.uint64(rows.source.ctypes.data)
-    found[:, 1] = rows.row_bytes
+    row_bytes = np.uint64(array.strides[0])
+    found = np.empty((len(index), 2), np.uint64)
+    found[:, 0] = index
+    found[:, 0] *= row_bytes
+    found[:, 0] += np.uint64(array.ctypes.data)
+    found[:, 1] = row_bytes
     return found
 
 
