@@ -41,8 +41,8 @@ class NoCpu:
 
 
 def attack(machine) -> Hypervisor:
-    """A fresh attacker; its CPU is only a stand-in."""
-    hv = build_guest(machine, ATTACKER, max_pages=NR_PAGES)
+    """A fresh attacker with a second vCPU to bring up; its CPU is only a stand-in."""
+    hv = build_guest(machine, ATTACKER, max_pages=NR_PAGES, nr_vcpus=2)
     hv.cpu, hv.q = NoCpu(), memoryview(bytearray(8 * 512)).cast("Q")
     return hv
 
@@ -91,11 +91,13 @@ class Arena:
 
     def held(self, hv: Hypervisor) -> Counter:
         """Uses of the attacker's frames that are in none of its tables: frame -> how often."""
-        domain, context, machine = hv.domain, hv.vcpu.context, self.machine
+        domain, machine = hv.domain, self.machine
         held = np.flatnonzero((machine.pinned != 0) & (machine.owner == ATTACKER)).tolist()
-        held += [context.ctrlreg[i] >> 12 for i in (1, 3) if context.ctrlreg[i]]
-        held += list(context.gdt_frames)[: -(-context.gdt_ents // 512)]
-        held += [hv.vcpu.info_mfn] if hv.vcpu.info_mfn is not None else []
+        for vcpu in domain.vcpus:
+            context = vcpu.context
+            held += [context.ctrlreg[i] >> 12 for i in (1, 3) if context.ctrlreg[i]]
+            held += list(context.gdt_frames)[: -(-context.gdt_ents // 512)]
+            held += [vcpu.info_mfn] if vcpu.info_mfn is not None else []
         held += [queues.control >> 12 for queues in domain.events._fifo.values()]
         held += [address >> 12 for address in domain.events._array]
         held += [mfn_of_page(machine, p) for p in (domain.store_page, domain.console.page)]

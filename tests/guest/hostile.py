@@ -6,11 +6,16 @@ A shape says what each argument and each word of the structure behind the pointe
 
 from __future__ import annotations
 
+import contextlib
 import random
 
 from tests.guest.arena import BASE, M64, NR_PAGES, SCRATCH, Arena, fill_scratch
+from xsave.guest.xen.guestmem import GuestFault
+from xsave.public import VcpuGuestContext
 
 SELF = 0x7FF0
+VCPU_OP = 24
+CONTEXT = BASE + (480 << 12)  # two pages for a vCPU's context
 STRUCT2 = SCRATCH + 1024  # a second structure, for what points to pointers
 #: number -> shapes: (arguments, words at SCRATCH, words at STRUCT2); the words repeat.
 SHAPES = {
@@ -133,6 +138,8 @@ class Attacker:
 
     def call(self, number: int) -> None:
         """Make one call of this hypercall; its answer must be a number."""
+        if number == VCPU_OP and self.random.random() < 0.5:
+            self.bring_up()
         arguments, first, second = self.random.choice(SHAPES.get(number, [("?????", "", "")]))
         values = [self.word(letter) for letter in arguments.ljust(5, "0")]
         words = self.words(first, 1024) + self.words(second, 1024)
@@ -141,6 +148,19 @@ class Attacker:
         result = self.hv.call(number, *values)
         assert type(result) is int, self.made[-1]
         assert -(1 << 63) <= result <= M64, self.made[-1]
+
+    def bring_up(self) -> None:
+        """VCPUOP_initialise of the second vCPU, with a context of anything."""
+        context = VcpuGuestContext(flags=self.random.choice((4, 4, 4, 0x24, 0)))
+        for register in (1, 3):
+            context.ctrlreg[register] = self.word("e") if self.random.random() < 0.7 else 0
+        context.gdt_ents = self.word("g")
+        for i in range(16):
+            context.gdt_frames[i] = self.word("f")
+        with contextlib.suppress(GuestFault):
+            self.hv.write(CONTEXT, bytes(context))
+        self.made.append((VCPU_OP, list(context.ctrlreg), context.gdt_ents))
+        assert type(self.hv.call(VCPU_OP, 0, 1, CONTEXT, 0, 0)) is int
 
     def words(self, shape: str, nr_bytes: int) -> list[int]:
         shape = (shape or "0") * 8

@@ -59,11 +59,18 @@ class Machines:
         shutil.rmtree(self.directory, ignore_errors=True)
 
 
-def make_domain(machine: Machine, domid: int = 1, *, max_pages: int = 1024) -> Domain:
-    """An empty domain of one vCPU in virtual time."""
+def make_domain(
+    machine: Machine, domid: int = 1, *, max_pages: int = 1024, nr_vcpus: int = 1
+) -> Domain:
+    """An empty domain in virtual time."""
     log = machine.directory / f"console-{domid}.log"
     domain = Domain(
-        machine, domid, nr_vcpus=1, max_pages=max_pages, clock=VirtualClock(), log_path=log
+        machine,
+        domid,
+        nr_vcpus=nr_vcpus,
+        max_pages=max_pages,
+        clock=VirtualClock(),
+        log_path=log,
     )
     domains_of(machine).append(domain)
     return domain
@@ -82,12 +89,11 @@ def remove(domain: Domain) -> None:
 
 
 def build_guest(
-    machine: Machine, domid: int = 1, *, max_pages: int = 1024, kernel: bytes | None = None
+    machine: Machine, domid: int = 1, *, max_pages: int = 1024, nr_vcpus: int = 1
 ) -> Hypervisor:
-    """The built-in kernel (or another ELF) at its start of day; its CPU is not powered on."""
-    domain = make_domain(machine, domid, max_pages=max_pages)
-    data = KERNEL_ELF.read_bytes() if kernel is None else kernel
-    builder.build(domain, elf.parse(data, "kernel"), b"", "")
+    """The built-in kernel at its start of day; its CPU is not powered on."""
+    domain = make_domain(machine, domid, max_pages=max_pages, nr_vcpus=nr_vcpus)
+    builder.build(domain, elf.parse(KERNEL_ELF.read_bytes(), "kernel"), b"", "")
     return Hypervisor(domain, table())
 
 
