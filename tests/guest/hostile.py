@@ -154,7 +154,7 @@ class Attacker:
         context = VcpuGuestContext(flags=self.random.choice((4, 4, 4, 0x24, 0)))
         for register in (1, 3):
             context.ctrlreg[register] = self.word("e") if self.random.random() < 0.7 else 0
-        context.gdt_ents = self.word("g")
+        context.gdt_ents = self.word("g") if self.random.random() < 0.4 else 0
         for i in range(16):
             context.gdt_frames[i] = self.word("f")
         with contextlib.suppress(GuestFault):
