@@ -49,6 +49,8 @@ _DISALLOWED = {
     PGT_L4: PTE_PSE | PTE_PWT | PTE_PCD | PTE_GLOBAL,
 }
 _AD = 0x60
+#: Of the counts' own dtype: ufunc.at is 15 times slower where it must convert.
+_ONE = np.uint32(1)
 
 
 class PageTables:
@@ -131,9 +133,9 @@ class PageTables:
         busy = (m.page_type[writable] != PGT_WRITABLE) & (m.type_count[writable] != 0)
         if busy.any():
             return -errno.EINVAL
-        np.add.at(m.type_count, writable, 1)
+        np.add.at(m.type_count, writable, _ONE)
         m.page_type[writable] = PGT_WRITABLE
-        np.add.at(m.refs, targets, 1)
+        np.add.at(m.refs, targets, _ONE)
         row[(row & PTE_PRESENT) != 0] |= np.uint64(PTE_USER)
         return 0
 
@@ -143,8 +145,8 @@ class PageTables:
         entries = entries[(entries & PTE_PRESENT) != 0]
         targets = (entries & np.uint64(PTE_FRAME_MASK)) >> np.uint64(PAGE_SHIFT)
         writable = targets[(entries & PTE_RW) != 0]
-        np.subtract.at(m.refs, targets, 1)
-        np.subtract.at(m.type_count, writable, 1)
+        np.subtract.at(m.refs, targets, _ONE)
+        np.subtract.at(m.type_count, writable, _ONE)
         m.page_type[writable[m.type_count[writable] == 0]] = PGT_NONE
 
     def _links(self, mfn: int, level: int) -> list[tuple[int, int]]:
