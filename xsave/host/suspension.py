@@ -63,7 +63,7 @@ class Suspension:
             raise SuspendFailed("another save or migration of this domain is at work", stage="lock")
         if self.held:
             raise SuspendFailed("a migration of this domain is undecided", stage="lock")
-        if domain.never_run and restored:
+        if domain.never_run and restored and paused:  # no kernel to ask, none will come
             self._holder, self._stage = client, "done"
             return True
         self._refuse(domain, paused)
