@@ -79,12 +79,12 @@ def console(host, name="g"):
 
 def ticks(text):
     """Return the numbers of the TICK lines."""
-    return [int(n) for n in re.findall(r"^TICK (\d+)\b.*[0-9a-f]\r?$", text, re.MULTILINE)]
+    return [int(n) for n in re.findall(r"^TICK (\d+)\b.*[0-9a-f]\r?\n", text, re.MULTILINE)]
 
 
 def hashes(text):
     """Return the hashes of the TICK lines."""
-    return set(re.findall(r"^TICK \d+ .*?([0-9a-f]{16})\r?$", text, re.MULTILINE))
+    return set(re.findall(r"^TICK \d+ .*?([0-9a-f]{16})\r?\n", text, re.MULTILINE))
 
 
 def wait_for(condition, seconds=30):
