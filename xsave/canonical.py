@@ -66,27 +66,37 @@ def canonicalise(
     out = tables.copy()
     first, last = XEN_L4_SLOTS
     out[levels == 4, first : last + 1] = 0
-    rows, slots = np.nonzero(out & _PRESENT)
-    entries = out[rows, slots]
+    present = _present(out)
+    entries = out.reshape(-1)[present]
     pfns, valid = mfns_to_pfns((entries & _FRAME) >> _SHIFT, m2p, p2m)
-    valid &= ((entries & np.uint64(PTE_PSE)) == 0) | (levels[rows] == 1)
-    out[rows, slots] = (entries & _FLAGS) | np.where(valid, pfns << _SHIFT, entries & _FRAME)
+    valid &= ((entries & np.uint64(PTE_PSE)) == 0) | (levels[present // out.shape[1]] == 1)
+    new = (entries & _FLAGS) | np.where(valid, pfns << _SHIFT, entries & _FRAME)
+    out.reshape(-1)[present] = new
+    bad = np.column_stack(np.divmod(present[~valid], out.shape[1]))
     deferred = np.zeros(len(tables), bool)
-    deferred[rows[~valid]] = True
-    return Canonicalised(out, deferred, np.column_stack((rows[~valid], slots[~valid])))
+    deferred[bad[:, 0]] = True
+    return Canonicalised(out, deferred, bad)
+
+
+def _present(tables: np.ndarray) -> np.ndarray:
+    """Return where the present entries are, counted through all tables."""
+    return np.flatnonzero((tables & _PRESENT) != 0)
 
 
 def referenced_pfns(tables: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return (rows, slots, pfns) of the present entries of canonical tables."""
-    rows, slots = np.nonzero(tables & _PRESENT)
-    return rows, slots, (tables[rows, slots] & _FRAME) >> _SHIFT
+    present = _present(tables)
+    rows, slots = np.divmod(present, tables.shape[1])
+    return rows, slots, (tables.reshape(-1)[present] & _FRAME) >> _SHIFT
 
 
 def localise(tables: np.ndarray, p2m: np.ndarray) -> np.ndarray:
     """Replace pfns by mfns in the present entries; every pfn must be inside p2m and mapped."""
     out = tables.copy()
-    rows, slots, pfns = referenced_pfns(tables)
-    out[rows, slots] = (tables[rows, slots] & _FLAGS) | (p2m[pfns] << _SHIFT)
+    present = _present(out)
+    entries = out.reshape(-1)[present]
+    mfns = p2m[(entries & _FRAME) >> _SHIFT]
+    out.reshape(-1)[present] = (entries & _FLAGS) | (mfns << _SHIFT)
     return out
 
 

@@ -64,14 +64,7 @@ class Settler:
         pfns = np.flatnonzero(levels)
         tables = machine.mem[memory.p2m[pfns]]
         rows, slots, targets = referenced_pfns(tables)
-        here = levels[pfns][rows]
-        self._check_entries(tables, pfns, rows, slots, targets, here)
-        upper = here > 1
-        wrong = upper & (levels[np.where(upper, targets, 0)] != here - 1)
-        if wrong.any():
-            i = int(np.flatnonzero(wrong)[0])
-            what = f"pfn {targets[i]:#x}, which is no page table of level {here[i] - 1}"
-            self._refuse_entry(int(pfns[rows[i]]), int(slots[i]), what)
+        self._check_entries(tables, levels, pfns, rows, slots, targets)
         named = np.zeros(memory.p2m.size, bool)
         named[targets] = True
         memory.populate(np.flatnonzero(named))
@@ -80,20 +73,33 @@ class Settler:
     def _check_entries(
         self,
         tables: np.ndarray,
+        levels: np.ndarray,
         pfns: np.ndarray,
         rows: np.ndarray,
         slots: np.ndarray,
         targets: np.ndarray,
-        here: np.ndarray,
     ) -> None:
-        outside = targets >= np.uint64(self._memory.p2m.size)
-        superpage = (here > 1) & ((tables[rows, slots] & np.uint64(PTE_PSE)) != 0)
-        for bad, what in ((outside, "a pfn outside the p2m"), (superpage, "a superpage")):
-            if bad.any():
-                i = int(np.flatnonzero(bad)[0])
-                value = f"{int(tables[rows[i], slots[i]]):#x}"
-                expected = f"a pfn below {self._memory.p2m.size:#x}"
-                self._refuse_entry(int(pfns[rows[i]]), int(slots[i]), what, expected, value)
+        """levels are those of all pfns. Entry i: slot slots[i] of the table at pfns[rows[i]]."""
+        size = self._memory.p2m.size
+        expected = f"a pfn below {size:#x}"
+
+        def refuse(entry: int, what: str, *more: str) -> NoReturn:
+            row, slot = rows[entry], slots[entry]
+            found = (f"{int(tables[row, slot]):#x}",) if more else ()
+            self._refuse_entry(int(pfns[row]), int(slot), what, *more, *found)
+
+        outside = np.flatnonzero(targets >= np.uint64(size))
+        if outside.size:
+            refuse(outside[0], "a pfn outside the p2m", expected)
+        upper = np.flatnonzero(levels[pfns][rows] > 1)
+        superpages = upper[(tables[rows[upper], slots[upper]] & np.uint64(PTE_PSE)) != 0]
+        if superpages.size:
+            refuse(superpages[0], "a superpage", expected)
+        below = levels[pfns[rows[upper]]] - 1
+        wrong = np.flatnonzero(levels[targets[upper]] != below)
+        if wrong.size:
+            entry, level = upper[wrong[0]], below[wrong[0]]
+            refuse(entry, f"pfn {targets[entry]:#x}, which is no page table of level {level}")
 
     def _refuse_entry(
         self,
