@@ -32,7 +32,14 @@ from xsave.guest.xen.domctl import DomainInfo, Domctl
 from xsave.guest.xen.machine import Machine
 from xsave.host import paths
 from xsave.host.capabilities import capabilities
-from xsave.host.registry import DomainRecord, alive, connect_socket, ending, write_record
+from xsave.host.registry import (
+    DomainRecord,
+    alive,
+    connect_socket,
+    ending,
+    replace_text,
+    write_record,
+)
 
 DEFAULT_HOST = "localhost"
 DEFAULT_MEMORY_BYTES = 8 << 30
@@ -204,7 +211,7 @@ class Host:
         domid = last % 0x7FEF + 1
         while domid in taken:
             domid = domid % 0x7FEF + 1
-        counter.write_text(str(domid))
+        replace_text(counter, str(domid))
         return domid
 
     def forget(self, domid: int, directory: Path) -> None:

@@ -53,11 +53,16 @@ def ending(directory: Path) -> bool:
     return given_up and alive(directory)
 
 
+def replace_text(path: Path, text: str) -> None:
+    """Write a small file that is whole at any moment, whoever is killed. One writer at a time."""
+    making = path.with_name(f".{path.name}")
+    making.write_text(text)
+    making.rename(path)
+
+
 def write_record(directory: Path, **record: Any) -> None:
     """Write domain.json, atomically."""
-    making = directory / ".domain.json"
-    making.write_text(json.dumps(record))
-    making.rename(directory / "domain.json")
+    replace_text(directory / "domain.json", json.dumps(record))
 
 
 @contextlib.contextmanager

@@ -1,0 +1,72 @@
+"""A host's small files are whole at any moment, whoever is killed while they are written."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import shutil
+
+import pytest
+
+from xsave.host import host
+from xsave.host.registry import replace_text
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL: nothing after it runs."""
+
+
+def kill_at(monkeypatch, nth):
+    """Die at the nth system call that opens, writes or renames."""
+    calls = 0
+
+    def dying(real):
+        def call(*arguments, **options):
+            nonlocal calls
+            calls += 1
+            if calls == nth:
+                raise Killed
+            return real(*arguments, **options)
+
+        return call
+
+    def half_write(path, text):
+        with path.open("w"):  # truncated
+            pass
+        dying(lambda: None)()
+        path.open("w").write(text)
+
+    monkeypatch.setattr(pathlib.Path, "write_text", half_write)
+    monkeypatch.setattr(pathlib.Path, "rename", dying(pathlib.Path.rename))
+
+
+@pytest.mark.parametrize("nth", [1, 2])
+def test_a_file_is_the_old_or_the_new_one(tmp_path, monkeypatch, nth):
+    """Killed at any step, replace_text leaves the text before."""
+    path = tmp_path / "file"
+    path.write_text("old")
+    with monkeypatch.context() as patched:
+        kill_at(patched, nth)
+        with pytest.raises(Killed):
+            replace_text(path, "new")
+    assert path.read_text() == "old"
+    replace_text(path, "new")
+    assert path.read_text() == "new"
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize("nth", [1, 2, 3, 4])
+def test_a_host_survives_a_registration_that_is_killed(xsave_home, monkeypatch, nth):
+    """Whatever file it was about to write, the next domain registers, and domids go up."""
+    monkeypatch.setattr(host, "_DYING_WAIT_S", 0.0)  # the lock of the killed is ours still
+    localhost = host.open_host("localhost")
+    domid, directory, lock = localhost.register("first")
+    os.close(lock)
+    shutil.rmtree(directory)
+    with monkeypatch.context() as patched:
+        kill_at(patched, nth)
+        with pytest.raises(Killed):
+            localhost.register("second")
+    next_domid, _, lock = localhost.register("second")
+    os.close(lock)
+    assert next_domid > domid
