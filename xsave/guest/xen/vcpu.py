@@ -21,10 +21,12 @@ from __future__ import annotations
 
 import ctypes
 import struct
+from collections.abc import Callable
 from typing import Any, Protocol
 
 from unicorn import (
     UC_ARCH_X86,
+    UC_HOOK_CODE,
     UC_HOOK_INSN,
     UC_HOOK_INSN_INVALID,
     UC_HOOK_INTR,
@@ -231,6 +233,20 @@ class Cpu:
     def stop(self) -> None:
         """End run(): exact from a hook; from another thread at the next block boundary."""
         uclib.uc_emu_stop(self._handle)
+
+    def watch(self, first: int, last: int, see: Callable[[int], None]) -> Callable[[], None]:
+        """Have `see` called with rip before each instruction in [first, last]; stop() in it ends
+        the run before that instruction. Returns what ends the watch."""
+        handle = self._uc.hook_add(
+            UC_HOOK_CODE, lambda _uc, rip, _size, _data: see(rip), None, first, last
+        )
+        self._uc.ctl_flush_tb()
+
+        def end() -> None:
+            self._uc.hook_del(handle)
+            self._uc.ctl_flush_tb()
+
+        return end
 
     # -- what has no place in the direct view ---
 
