@@ -15,6 +15,7 @@ ELF = KERNEL / "xsave-guest.elf"
 TOOLS = ("gcc", "ld", "make", "objcopy")
 VIRT_BASE = 0xFFFFFFFF80000000
 PT_LOAD, PT_NOTE = 1, 4
+SHT_SYMTAB = 2
 PF_X, PF_W = 1, 2
 ENTRY, HYPERCALL_PAGE, XEN_VERSION, FEATURES = 1, 2, 5, 10
 VIRT_BASE_NOTE, PADDR_OFFSET, LOADER, PAE_MODE = 3, 4, 8, 9
@@ -40,6 +41,28 @@ def notes(elf):
             found[name, note] = elf[at : at + size]
             at += size + 3 & ~3
     return found
+
+
+def symbols(elf):
+    """Return {name: value} of the symbol table; {} where it was stripped."""
+    (table,) = struct.unpack_from("<Q", elf, 40)
+    size, number = struct.unpack_from("<HH", elf, 58)
+    headers = [struct.unpack_from("<IIQQQQII", elf, table + i * size) for i in range(number)]
+    found = {}
+    for _, kind, _, _, at, length, link, _ in headers:
+        for entry in range(at, at + length, 24) if kind == SHT_SYMTAB else ():
+            name, _, _, value, _ = struct.unpack_from("<IBxHQQ", elf, entry)
+            start = headers[link][4] + name
+            found[elf[start : elf.index(b"\0", start)].decode()] = value
+    return found
+
+
+def data_at(elf, address, nr):
+    """Return the bytes a virtual address has in the file."""
+    for kind, _, offset, vaddr, _, filesz, _ in segments(elf):
+        if kind == PT_LOAD and vaddr <= address < vaddr + filesz:
+            return elf[offset + address - vaddr :][:nr]
+    raise AssertionError(f"{address:#x} is not in the file")
 
 
 def need_tools(*more):
@@ -128,10 +151,34 @@ def test_segments_are_where_the_kernel_counts_on_them():
         assert flags & (PF_W | PF_X) != PF_W | PF_X
 
 
+def test_page_table_paths_have_a_section_of_their_own():
+    """The symbol table is shipped; the page-table paths, and no others, lie between its marks."""
+    table = symbols(ELF.read_bytes())
+    inside = range(table["__pgtable_text_start"], table["__pgtable_text_end"])
+    for name in ("set_entry", "queue_mmu_update", "flush_mmu_updates", "pte_lookup", "pte_alloc",
+                 "mm_pin", "mm_unpin", "mm_init", "mm_exit", "load_cr3", "switch_mm"):  # fmt: skip
+        assert table[name] in inside
+    for name in ("schedule", "printk", "xen_event_callback", "alloc_page", "mm_pin_all"):
+        assert table[name] not in inside
+
+
+def test_tasks_can_be_found_from_outside():
+    """xsave_task_layout holds what sched.h promises: sane offsets, sizes of powers of two."""
+    elf = ELF.read_bytes()
+    table = symbols(elf)
+    layout = struct.unpack("<8Q", data_at(elf, table["xsave_task_layout"], 64))
+    comm, sp, state, flags, node, thread_size, struct_size, curr = layout
+    assert sp == 0
+    assert curr == 8
+    assert thread_size == 8192
+    assert max(comm + 16, state + 4, flags + 4, node + 16) <= struct_size < 512
+    assert VIRT_BASE < table["all_tasks"] < VIRT_BASE + (2 << 20)
+
+
 def test_elf_is_small_and_names_no_place():
     """The shipped file is small and holds no path of the machine that built it."""
     elf = ELF.read_bytes()
-    assert len(elf) < 64 << 10
+    assert len(elf) < 96 << 10
     assert str(KERNEL).encode() not in elf
     assert not re.search(rb"/(home|root|tmp|usr|work|build)/", elf)
 

@@ -20,7 +20,7 @@ static struct {
 	u32 count;
 } calls;
 
-static noinline void flush_calls(void)
+static __pgtable void flush_calls(void)
 {
 	u32 count = calls.count, i;
 
@@ -35,7 +35,7 @@ static noinline void flush_calls(void)
 	calls.count = 0;
 }
 
-static noinline void queue_protect(u64 *table, u64 flags)
+static __pgtable void queue_protect(u64 *table, u64 flags)
 {
 	struct multicall_entry *call = &calls.call[calls.count++];
 
@@ -48,7 +48,7 @@ static noinline void queue_protect(u64 *table, u64 flags)
 }
 
 /* Apply fn to every table of the user half, the lower ones first. */
-static noinline void for_each_table(u64 *table, int level, void (*fn)(u64 *table))
+static __pgtable void for_each_table(u64 *table, int level, void (*fn)(u64 *table))
 {
 	u32 i, slots = level == 4 ? USER_L4_SLOTS : PTRS_PER_TABLE;
 
@@ -68,7 +68,7 @@ static void queue_readwrite(u64 *table)
 	queue_protect(table, PAGE_KERNEL);
 }
 
-static noinline void pin_op(u32 cmd, u64 *pgd)
+static __pgtable void pin_op(u32 cmd, u64 *pgd)
 {
 	static struct mmuext_op op;
 
@@ -80,7 +80,7 @@ static noinline void pin_op(u32 cmd, u64 *pgd)
 }
 
 /* Turn the memory of an address space into page tables, for Xen: read-only, typed, pinned. */
-noinline void mm_pin(struct mm_struct *mm)
+__pgtable void mm_pin(struct mm_struct *mm)
 {
 	preempt_disable();
 	for_each_table(mm->pgd, 4, queue_readonly);
@@ -91,7 +91,7 @@ noinline void mm_pin(struct mm_struct *mm)
 }
 
 /* And back into plain memory. No CPU may be running on it. */
-noinline void mm_unpin(struct mm_struct *mm)
+__pgtable void mm_unpin(struct mm_struct *mm)
 {
 	preempt_disable();
 	BUG_ON(this_cpu()->active_mm == mm);
@@ -103,7 +103,7 @@ noinline void mm_unpin(struct mm_struct *mm)
 }
 
 /* A new address space with the kernel's half and an empty user half; pgd NULL: no memory. */
-noinline void mm_init(struct mm_struct *mm)
+__pgtable void mm_init(struct mm_struct *mm)
 {
 	mm->pinned = mm->pinned_for_suspend = 0;
 	mm->pgd = alloc_page();
@@ -122,7 +122,7 @@ static void free_table(u64 *table)
 }
 
 /* Free all tables of an unpinned mm; what they map is the caller's. */
-noinline void mm_exit(struct mm_struct *mm)
+__pgtable void mm_exit(struct mm_struct *mm)
 {
 	BUG_ON(mm->pinned);
 	preempt_disable();

@@ -17,6 +17,13 @@
 #include "layout.h"
 #include "xen.h"
 
+/*
+ * Functions on the way of an mfn or a pte into a page table or out of one. They have a section of
+ * their own, [__pgtable_text_start, __pgtable_text_end), so that an observer of this kernel knows
+ * where an interruption hurts: inside, a register may hold an mfn that nobody will translate.
+ */
+#define __pgtable noinline __attribute__((section(".pgtable.text")))
+
 #define PAGE_SHIFT 12
 #define PAGE_SIZE 4096UL
 #define PTRS_PER_TABLE 512

@@ -61,6 +61,25 @@ static void check_page(struct user_space *us, const u64 *page, u64 content)
 			check_failed("user page, address", (u64)(page + i));
 }
 
+/* 0; -1: no memory for a table on the way. */
+static __pgtable int map_page(struct mm_struct *mm, u64 va, u64 pfn, u64 flags)
+{
+	u64 *entry = pte_alloc(mm, va);
+
+	if (!entry)
+		return -1;
+	set_entry(mm, entry, make_pte(pfn, flags));
+	return 0;
+}
+
+static __pgtable int maps_pfn(struct mm_struct *mm, u64 va, u64 pfn)
+{
+	const u64 *entry = pte_lookup(mm, va);
+	u64 pte = entry ? READ_ONCE(*entry) : 0;
+
+	return pte & _PAGE_PRESENT && pte_pfn(pte) == pfn;
+}
+
 static noinline void step_create(struct user_space *us)
 {
 	us->life++;
@@ -72,18 +91,17 @@ static noinline void step_create(struct user_space *us)
 static noinline int map_slot(struct user_space *us, u32 slot)
 {
 	void *page = alloc_page();
-	u64 *pte = page ? pte_alloc(&us->mm, slot_va(slot)) : NULL;
 
-	if (!pte) {
-		if (page)
-			free_page(page);
+	if (!page)
+		return -1;
+	fill_page(us, page, slot);
+	if (map_page(&us->mm, slot_va(slot), virt_to_pfn(page), PAGE_USER_DATA)) {
+		free_page(page);
 		return -1;
 	}
-	fill_page(us, page, slot);
 	us->pfn[slot] = virt_to_pfn(page);
 	us->content[slot] = slot;
 	us->nr = slot + 1;
-	set_entry(&us->mm, pte, make_pte(us->pfn[slot], PAGE_USER_DATA));
 	return 0;
 }
 
@@ -137,10 +155,24 @@ static noinline void step_touch(struct user_space *us)
 	}
 }
 
-/* The page of each slot moves on to the next one: one mmu_update batch, one flush. */
-static noinline void step_shuffle(struct user_space *us)
+/* One mmu_update batch for all slots, one flush. */
+static __pgtable void remap_slots(struct user_space *us)
 {
 	static struct mmuext_op flush = { .cmd = MMUEXT_TLB_FLUSH_LOCAL };
+	u32 i;
+
+	preempt_disable();
+	for (i = 0; i < us->nr; i++)
+		queue_mmu_update(pte_lookup(&us->mm, slot_va(i)),
+				 make_pte(us->pfn[i], PAGE_USER_DATA));
+	flush_mmu_updates();
+	HYPERVISOR_mmuext_op(&flush, 1);
+	preempt_enable();
+}
+
+/* The page of each slot moves on to the next one. */
+static noinline void step_shuffle(struct user_space *us)
+{
 	u64 pfn, content;
 	u32 i;
 
@@ -154,19 +186,19 @@ static noinline void step_shuffle(struct user_space *us)
 	}
 	us->pfn[0] = pfn;
 	us->content[0] = content;
-	preempt_disable();
-	for (i = 0; i < us->nr; i++)
-		queue_mmu_update(pte_lookup(&us->mm, slot_va(i)),
-				 make_pte(us->pfn[i], PAGE_USER_DATA));
-	flush_mmu_updates();
-	HYPERVISOR_mmuext_op(&flush, 1);
-	preempt_enable();
+	remap_slots(us);
 }
 
-static noinline void update_va(u64 va, u64 pte)
+/* Through the hypercall for addresses of the running address space. */
+static __pgtable void update_va(u64 va, u64 pte)
 {
 	if (HYPERVISOR_update_va_mapping(va, pte, UVMF_INVLPG))
 		panic("update_va_mapping of user address %lx refused", va);
+}
+
+static __pgtable void update_slot(struct user_space *us, u32 slot, u64 flags)
+{
+	update_va(slot_va(slot), make_pte(us->pfn[slot], flags));
 }
 
 /* One slot away and back, another one read-only and back: update_va_mapping this time. */
@@ -180,27 +212,26 @@ static noinline void step_update_va(struct user_space *us)
 	a = us->random % us->nr;
 	b = (us->random >> 32) % us->nr;
 	update_va(slot_va(a), 0);
-	if (READ_ONCE(*pte_lookup(&us->mm, slot_va(a))) & _PAGE_PRESENT)
+	if (maps_pfn(&us->mm, slot_va(a), us->pfn[a]))
 		check_failed("unmapped slot", a);
-	update_va(slot_va(a), make_pte(us->pfn[a], PAGE_USER_DATA));
-	update_va(slot_va(b), make_pte(us->pfn[b], PAGE_USER_DATA & ~_PAGE_RW));
+	update_slot(us, a, PAGE_USER_DATA);
+	update_slot(us, b, PAGE_USER_DATA & ~_PAGE_RW);
 	check_page(us, (u64 *)slot_va(b), us->content[b]);
-	update_va(slot_va(b), make_pte(us->pfn[b], PAGE_USER_DATA));
+	update_slot(us, b, PAGE_USER_DATA);
 }
 
 /* New tables in a pinned address space. */
 static noinline void step_grow(struct user_space *us)
 {
 	void *page = current->mm ? alloc_page() : NULL;
-	u64 *pte = page ? pte_alloc(&us->mm, EXTRA_VA) : NULL;
 
-	if (!pte) {
-		if (page)
-			free_page(page);
+	if (!page)
+		return;
+	if (map_page(&us->mm, EXTRA_VA, virt_to_pfn(page), PAGE_USER_DATA)) {
+		free_page(page);
 		return;
 	}
 	us->extra_pfn = virt_to_pfn(page);
-	set_entry(&us->mm, pte, make_pte(us->extra_pfn, PAGE_USER_DATA));
 	fill_page(us, (u64 *)EXTRA_VA, SLOTS * SLOTS);
 	check_page(us, page, SLOTS * SLOTS);
 }
@@ -208,15 +239,11 @@ static noinline void step_grow(struct user_space *us)
 /* Software walk: every entry leads, through the m2p, to the frame we gave it. */
 static noinline void step_walk(struct user_space *us)
 {
-	u64 *pte;
 	u32 i;
 
-	for (i = 0; us->mm.pgd && i < us->nr; i++) {
-		pte = pte_lookup(&us->mm, slot_va(i));
-		if (!pte || !(READ_ONCE(*pte) & _PAGE_PRESENT) ||
-		    pte_pfn(READ_ONCE(*pte)) != us->pfn[i])
+	for (i = 0; us->mm.pgd && i < us->nr; i++)
+		if (!maps_pfn(&us->mm, slot_va(i), us->pfn[i]))
 			check_failed("page table entry of", slot_va(i));
-	}
 }
 
 static noinline void step_deactivate(struct user_space *us)
@@ -234,7 +261,7 @@ static noinline void step_unpin(struct user_space *us)
 		mm_unpin(&us->mm);
 }
 
-static noinline void unmap(struct user_space *us, u64 va, u64 pfn)
+static __pgtable void unmap(struct user_space *us, u64 va, u64 pfn)
 {
 	set_entry(&us->mm, pte_lookup(&us->mm, va), 0);
 	free_page(pfn_to_virt(pfn));

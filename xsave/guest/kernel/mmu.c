@@ -14,7 +14,7 @@ static struct {
 	u32 count;
 } batch;
 
-noinline void flush_mmu_updates(void)
+__pgtable void flush_mmu_updates(void)
 {
 	u32 count = batch.count;
 
@@ -27,7 +27,7 @@ noinline void flush_mmu_updates(void)
 }
 
 /* Remember a change; it happens with flush_mmu_updates(). The caller keeps preemption off. */
-noinline void queue_mmu_update(const u64 *entry, u64 pte)
+__pgtable void queue_mmu_update(const u64 *entry, u64 pte)
 {
 	struct mmu_update *req = &batch.req[batch.count++];
 
@@ -38,7 +38,7 @@ noinline void queue_mmu_update(const u64 *entry, u64 pte)
 }
 
 /* Change one entry of a table of `mm`, by the path its state asks for. */
-noinline void set_entry(struct mm_struct *mm, u64 *entry, u64 pte)
+__pgtable void set_entry(struct mm_struct *mm, u64 *entry, u64 pte)
 {
 	if (!mm->pinned) {
 		WRITE_ONCE(*entry, pte);
@@ -50,7 +50,7 @@ noinline void set_entry(struct mm_struct *mm, u64 *entry, u64 pte)
 	preempt_enable();
 }
 
-static noinline void protect_page(const void *page, u64 flags)
+static __pgtable void protect_page(const void *page, u64 flags)
 {
 	u64 pte = make_pte(virt_to_pfn(page), flags);
 
@@ -58,18 +58,18 @@ static noinline void protect_page(const void *page, u64 flags)
 		panic("update_va_mapping of %p refused", page);
 }
 
-void make_page_readonly(const void *page)
+__pgtable void make_page_readonly(const void *page)
 {
 	protect_page(page, PAGE_KERNEL_RO);
 }
 
-void make_page_readwrite(const void *page)
+__pgtable void make_page_readwrite(const void *page)
 {
 	protect_page(page, PAGE_KERNEL);
 }
 
 /* The L1 entry of `va`, or NULL where a table is missing on the way. */
-noinline u64 *pte_lookup(struct mm_struct *mm, u64 va)
+__pgtable u64 *pte_lookup(struct mm_struct *mm, u64 va)
 {
 	u64 *table = mm->pgd;
 	int level;
@@ -85,7 +85,7 @@ noinline u64 *pte_lookup(struct mm_struct *mm, u64 va)
 }
 
 /* Add an empty table below `entry`; in a pinned mm it has to be read-only first. */
-static noinline int alloc_table(struct mm_struct *mm, u64 *entry)
+static __pgtable int alloc_table(struct mm_struct *mm, u64 *entry)
 {
 	void *table = alloc_page();
 
@@ -101,7 +101,7 @@ static noinline int alloc_table(struct mm_struct *mm, u64 *entry)
  * The same, making the missing tables: each is linked into its parent before anything is put
  * into it, so that at any moment all tables with an mfn in them hang below an L4.
  */
-noinline u64 *pte_alloc(struct mm_struct *mm, u64 va)
+__pgtable u64 *pte_alloc(struct mm_struct *mm, u64 va)
 {
 	u64 *table = mm->pgd, *entry;
 	int level;
@@ -117,7 +117,7 @@ noinline u64 *pte_alloc(struct mm_struct *mm, u64 va)
 
 /* Run on the tables of `mm`. The request lives in the per-CPU area: schedule() calls this on
  * the stacks of threads that are never frozen. */
-noinline void load_cr3(struct mm_struct *mm)
+__pgtable void load_cr3(struct mm_struct *mm)
 {
 	struct mmuext_op *op = &this_cpu()->new_baseptr;
 
@@ -128,7 +128,7 @@ noinline void load_cr3(struct mm_struct *mm)
 	op->arg1 = 0;
 }
 
-void switch_mm(struct mm_struct *next)
+__pgtable void switch_mm(struct mm_struct *next)
 {
 	struct cpu *cpu = this_cpu();
 

@@ -14,6 +14,19 @@ extern char init_stack[];
 
 struct list_head all_tasks = LIST_HEAD_INIT(all_tasks);
 static int next_pid = 1;
+
+/* For whoever looks at this kernel from outside (sched.h says what each is). */
+const u64 xsave_task_layout[] __attribute__((used)) = {
+	offsetof(struct task_struct, comm),
+	offsetof(struct task_struct, sp),
+	offsetof(struct task_struct, state),
+	offsetof(struct task_struct, flags),
+	offsetof(struct task_struct, tasks),
+	THREAD_SIZE,
+	TASK_STRUCT_SIZE,
+	offsetof(struct cpu, curr),
+};
+
 static void *free_stacks;	/* blocks of dead threads, linked by their first word */
 
 static struct task_struct *init_task(void *block, const char *name, u32 flags)

@@ -3,6 +3,11 @@
  *
  * A task and its kernel stack are one aligned block of THREAD_SIZE bytes of guest memory, the
  * struct at the low end: whatever a thread was doing is in the image because its stack is.
+ *
+ * The symbol xsave_task_layout tells an observer where things are. Eight u64s: the offsets in
+ * struct task_struct of comm (16 bytes), sp (saved while switched out), state (u32), flags (u32)
+ * and the list node on the ring `all_tasks`; THREAD_SIZE; the size of the struct, where the stack
+ * begins; the offset in struct cpu (a vCPU's kernel GS base) of the pointer to its current task.
  */
 #ifndef XSAVE_GUEST_SCHED_H
 #define XSAVE_GUEST_SCHED_H
