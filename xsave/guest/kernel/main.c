@@ -94,8 +94,7 @@ noreturn void start_kernel(struct start_info *si)
 	u64 pattern_pages;
 
 	xen_start_info = si;
-	phys_to_machine_mapping = (u64 *)si->mfn_list;
-	max_pfn = si->nr_pages;
+	p2m_use_boot_list((u64 *)si->mfn_list);
 	cpu_init();
 	console_early_init();
 	printk("xsave guest kernel, %lu pages\n", max_pfn);

@@ -48,13 +48,22 @@ static inline u32 table_index(u64 va, int level)
 	return va >> (PAGE_SHIFT + 9 * (level - 1)) & 511;
 }
 
-extern u64 *phys_to_machine_mapping;	/* the p2m list, one mfn for each pfn */
-extern u64 max_pfn;			/* number of pfns */
+#define P2M_PER_PAGE (PAGE_SIZE / sizeof(u64))
+#define INVALID_P2M_ENTRY (~0UL)	/* a pfn without a frame */
+
+extern u64 *p2m_top[];			/* leaves of the p2m, P2M_PER_PAGE mfns each */
+extern u64 max_pfn;			/* number of pfns, holes included */
 #define machine_to_phys_mapping ((const u64 *)MACH2PHYS_VIRT_START)
+
+/* Where the mfn of `pfn` stands. */
+static inline const u64 *p2m_entry(u64 pfn)
+{
+	return &p2m_top[pfn / P2M_PER_PAGE][pfn % P2M_PER_PAGE];
+}
 
 static inline u64 pfn_to_mfn(u64 pfn)
 {
-	return phys_to_machine_mapping[pfn];
+	return *p2m_entry(pfn);
 }
 
 static inline u64 mfn_to_pfn(u64 mfn)
@@ -103,9 +112,13 @@ void paging_drop_boot_mapping(void);
 u64 boot_structures_end(void);
 
 /* p2m.c */
+void p2m_use_boot_list(u64 *mfn_list);
+void p2m_init(void);
+u64 get_phys_to_machine(u64 pfn);
+void set_phys_to_machine(u64 pfn, u64 mfn);
+int p2m_grow(u64 pfn);
 void build_mfn_list_list(void);
 void publish_mfn_list_list(struct shared_info *shared);
-void p2m_init(void);
 
 /* An address space. The kernel's own is init_mm, whose upper half all others share. */
 struct mm_struct {

@@ -16,8 +16,6 @@
 extern char _text[], _end[];
 
 struct mm_struct init_mm = { .mmlist = LIST_HEAD_INIT(init_mm.mmlist) };
-u64 *phys_to_machine_mapping;
-u64 max_pfn;
 
 static u64 boot_pfns;		/* pfns below this are mapped at VIRT_BASE */
 static u64 direct_pfns;		/* pfns below this are mapped at PAGE_OFFSET */
@@ -181,7 +179,7 @@ noinline u64 paging_init(u64 first_free_pfn)
 	for (first = 0; first < max_pfn; first += PTRS_PER_TABLE)
 		map_direct_chunk(first);
 	init_mm.pgd = pfn_to_virt(boot_va_to_pfn(si->pt_base));
-	phys_to_machine_mapping = pfn_to_virt(boot_va_to_pfn(si->mfn_list));
+	p2m_use_boot_list(pfn_to_virt(boot_va_to_pfn(si->mfn_list)));
 	xen_start_info = pfn_to_virt(boot_va_to_pfn((u64)si));
 	return next_pfn;
 }

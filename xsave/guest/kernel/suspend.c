@@ -59,7 +59,7 @@ static noinline int xen_suspend(void *data)
 	timekeeping_suspend();
 	xen_pre_suspend();
 	*cancelled = HYPERVISOR_suspend(&arg,
-					&phys_to_machine_mapping[virt_to_pfn(xen_start_info)],
+					p2m_entry(virt_to_pfn(xen_start_info)),
 					end_of_stack(current));
 	xen_post_suspend(*cancelled);
 	timekeeping_resume();
