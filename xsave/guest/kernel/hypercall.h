@@ -41,6 +41,11 @@ static inline long HYPERVISOR_stack_switch(u64 ss, u64 rsp)
 	return hypercall4(__HYPERVISOR_stack_switch, ss, rsp, 0, 0);
 }
 
+static inline long HYPERVISOR_memory_op(int cmd, void *arg)
+{
+	return hypercall4(__HYPERVISOR_memory_op, cmd, (u64)arg, 0, 0);
+}
+
 static inline long HYPERVISOR_multicall(struct multicall_entry *calls, u32 count)
 {
 	return hypercall4(__HYPERVISOR_multicall, (u64)calls, count, 0, 0);

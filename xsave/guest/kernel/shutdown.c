@@ -1,6 +1,7 @@
 /*
  * shutdown.c - what the toolstack asks for in control/shutdown, and the acknowledgement.
  */
+#include "balloon.h"
 #include "console.h"
 #include "hypercall.h"
 #include "sched.h"
@@ -108,6 +109,7 @@ int setup_shutdown_watcher(void *unused)
 	(void)unused;
 	BUG_ON(!kthread_run(xenwatch_thread, NULL, PF_NOFREEZE, "xenwatch"));
 	register_xenbus_watch(&shutdown_watch);
+	balloon_init();
 	advertise_shutdown_features();
 	return 0;
 }

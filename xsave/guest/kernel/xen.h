@@ -12,6 +12,7 @@
 #define __HYPERVISOR_mmu_update          1
 #define __HYPERVISOR_set_gdt             2
 #define __HYPERVISOR_stack_switch        3
+#define __HYPERVISOR_memory_op           12
 #define __HYPERVISOR_multicall           13
 #define __HYPERVISOR_update_va_mapping   14
 #define __HYPERVISOR_xen_version         17
@@ -58,6 +59,7 @@
 #define UVMF_NONE                0
 #define UVMF_TLB_FLUSH           1
 #define UVMF_INVLPG              2
+#define UVMF_ALL                 4	/* on all vCPUs */
 #define MMUEXT_PIN_L1_TABLE      0
 #define MMUEXT_PIN_L4_TABLE      3
 #define MMUEXT_UNPIN_TABLE       4
@@ -65,6 +67,10 @@
 #define MMUEXT_TLB_FLUSH_LOCAL   6
 #define MMUEXT_INVLPG_LOCAL      7
 #define DOMID_SELF               0x7ff0
+
+/* memory_op */
+#define XENMEM_decrease_reservation 1
+#define XENMEM_populate_physmap     6
 
 /* set_segment_base, vcpu_op, callback_op, physdev_op */
 #define SEGBASE_GS_KERNEL             2
@@ -166,6 +172,14 @@ struct multicall_entry {
 	u64 op;
 	s64 result;
 	u64 args[6];
+};
+
+struct xen_memory_reservation {
+	u64 *extent_start;		/* populate: pfns in, mfns out; decrease: mfns in */
+	u64 nr_extents;
+	u32 extent_order;
+	u32 mem_flags;
+	u16 domid;
 };
 
 struct trap_info {
