@@ -5,6 +5,8 @@ The connection that sends `begin` holds the lease on the half-built domain until
 
 from __future__ import annotations
 
+import contextlib
+import json
 from pathlib import Path
 from typing import Any
 
@@ -98,8 +100,9 @@ class Building:
         domain, arguments = self._unbuilt(), request.arguments
         kernel = elf.parse(_read_file(arguments["kernel"]), arguments["kernel"])
         ramdisk = _read_file(arguments["ramdisk"]) if arguments.get("ramdisk") else b""
-        build(domain, kernel, ramdisk, arguments["cmdline"])
-        self._p2m_size = domain.max_pages
+        nr_pages = int(arguments.get("nr_pages") or domain.max_pages)
+        build(domain, kernel, ramdisk, arguments["cmdline"], nr_pages)
+        self._p2m_size = nr_pages
         return {}, b""
 
     def op_setvcpu(self, request: Request) -> Answer:
@@ -167,6 +170,13 @@ class Building:
         self.committed = True
         write_record(self._running.directory, name=self._running.name)
         return {}, b""
+
+    def set_target(self, nr_pages: int) -> None:
+        """What a restored guest will be told to have: the image's configuration says it."""
+        with contextlib.suppress(ValueError, TypeError, KeyError, RecursionError):
+            config = json.loads(self._config)
+            config["b_info"]["target_memkb"] = nr_pages * 4
+            self._config = json.dumps(config, indent=4).encode() + b"\n"
 
     # -- for a save ---
 

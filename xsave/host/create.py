@@ -32,6 +32,7 @@ def create(
     ramdisk: str | None = None,
     cmdline: str = "",
     memory_bytes: int = 64 << 20,
+    max_memory_bytes: int | None = None,
     vcpus: int = 1,
     paused: bool = False,
     deterministic: int | None = None,
@@ -39,10 +40,13 @@ def create(
 ) -> DomainInfo:
     """Build a domain and start it (unless paused). No kernel: the built-in guest.
 
+    It begins with memory_bytes and may grow to max_memory_bytes (not at all, if None).
+
     Raises NameTaken, HostCannotTake, OutOfFrames, StorageError, UsageError.
     """
     builtin = kernel is None
     _check(memory_bytes, vcpus, builtin)
+    max_pages = max(memory_bytes, max_memory_bytes or 0) // PAGE_SIZE
     path = str(BUILTIN_KERNEL if kernel is None else Path(kernel).absolute())
     for file in (path, ramdisk):
         if file is not None and not Path(file).is_file():
@@ -54,13 +58,15 @@ def create(
     with spawn(host, name) as domctl:
         domctl.begin(
             nr_vcpus=vcpus,
-            max_pages=memory_bytes // PAGE_SIZE,
+            max_pages=max_pages,
+            target_pages=memory_bytes // PAGE_SIZE,
             deterministic=deterministic is not None,
             builtin=builtin,
         )
-        domctl.build(path, str(Path(ramdisk).absolute()) if ramdisk else None, cmdline)
+        initrd = str(Path(ramdisk).absolute()) if ramdisk else None
+        domctl.build(path, initrd, cmdline, memory_bytes // PAGE_SIZE)
         settings = _settings(kernel, ramdisk, cmdline, builtin, deterministic)
-        domctl.set_state(_state(name, memory_bytes, vcpus, settings, deterministic))
+        domctl.set_state(_state(name, memory_bytes, max_pages, vcpus, settings, deterministic))
         domctl.commit()
         if not paused:
             report(Stage("create", "start"))
@@ -92,6 +98,7 @@ def _settings(
 def _state(
     name: str,
     memory_bytes: int,
+    max_pages: int,
     vcpus: int,
     settings: Settings,
     seed: int | None,
@@ -100,10 +107,10 @@ def _state(
     return DomainState(
         never_run=True,
         nr_vcpus=vcpus,
-        max_pages=memory_bytes // PAGE_SIZE,
+        max_pages=max_pages,
         shared_info_mfn=0,
         tsc=(0, DEFAULT_TSC_KHZ, 0, 0),
-        config=config_json(name, memory_bytes, vcpus, settings, seed),
+        config=config_json(name, memory_bytes, max_pages, vcpus, settings, seed),
         cpuid_policy=policy.cpuid,
         msr_policy=policy.msrs,
         p2m_frames=None,
@@ -115,6 +122,7 @@ def _state(
 def config_json(
     name: str,
     memory_bytes: int,
+    max_pages: int,
     vcpus: int,
     settings: Settings,
     seed: int | None,
@@ -126,7 +134,7 @@ def config_json(
         "b_info": {
             "max_vcpus": vcpus,
             "avail_vcpus": list(range(vcpus)),
-            "max_memkb": memory_bytes >> 10,
+            "max_memkb": max_pages * PAGE_SIZE >> 10,
             "target_memkb": memory_bytes >> 10,
             "video_memkb": 0,
             **settings["boot"],

@@ -27,7 +27,7 @@ from xsave.public import SHUTDOWN_CRASH, SHUTDOWN_SUSPEND
 _BUILDER_TIMEOUT_S = 30.0
 #: Requests that change what the guest does next: a deterministic guest gets them only while it
 #: stands still at its horizon, so that real time cannot matter.
-_AT_HORIZON = {"suspend", "shutdown"}
+_AT_HORIZON = {"suspend", "shutdown", "target"}
 
 Answer = tuple[dict[str, Any], bytes]
 
@@ -172,6 +172,19 @@ class Operations:
             raise GuestStateError(f"the domain is {self._state(domain)}")
         domain.clock.extend()
         domain.store.write(f"{domain.home}/control/shutdown", str(request.arguments["reason"]))
+        domain.serve_store()
+        return {}, b""
+
+    def op_target(self, request: Request) -> Answer:
+        """libxl_set_memory_target: the next save's image says so too."""
+        domain, nr_pages = self._domain, int(request.arguments["nr_pages"])
+        if not 0 < nr_pages <= domain.max_pages:
+            raise UsageError(
+                f"{nr_pages * 4} KiB of memory: the domain may have up to {domain.max_pages * 4}"
+            )
+        self._building.set_target(nr_pages)
+        domain.clock.extend()
+        domain.store.write(f"{domain.home}/memory/target", str(nr_pages * 4))
         domain.serve_store()
         return {}, b""
 

@@ -35,21 +35,32 @@ _MAX_CMDLINE = 1023
 _GUEST_UPPER_HALF = 0xFFFF_8800_0000_0000  # behind the last of XEN_L4_SLOTS
 
 
-def build(domain: Domain, kernel: elf.Kernel, ramdisk: bytes, cmdline: str) -> None:
-    """Fill the domain's frames and vCPU 0. Raises HostCannotTake if the memory is too small."""
-    Builder(domain, kernel, ramdisk, cmdline).build()
+def build(
+    domain: Domain,
+    kernel: elf.Kernel,
+    ramdisk: bytes,
+    cmdline: str,
+    nr_pages: int | None = None,
+) -> None:
+    """Fill the domain's frames and vCPU 0. nr_pages: how many it begins with; None: its maximum.
+
+    Raises HostCannotTake if the memory is too small.
+    """
+    Builder(domain, kernel, ramdisk, cmdline, nr_pages or domain.max_pages).build()
 
 
 class Builder:
     """The layout of one domain while it is being built; pfns count up from 0."""
 
-    def __init__(self, domain: Domain, kernel: elf.Kernel, ramdisk: bytes, cmdline: str) -> None:
+    def __init__(
+        self, domain: Domain, kernel: elf.Kernel, ramdisk: bytes, cmdline: str, nr_pages: int
+    ) -> None:
         self.domain = domain
         self.machine = domain.machine
         self.kernel = kernel
         self.ramdisk = ramdisk
         self.cmdline = cmdline.encode()
-        self.nr_pages = domain.max_pages
+        self.nr_pages = nr_pages
         self._lay_out()
 
     def _lay_out(self) -> None:

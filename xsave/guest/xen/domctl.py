@@ -154,6 +154,11 @@ class Domctl:
         """Ask the guest (control/shutdown) to power off or reboot."""
         self._call("shutdown", reason=reason)
 
+    def set_target(self, nr_pages: int) -> None:
+        """Ask the guest's balloon driver (memory/target) to have so many pages; it takes its
+        time. Raises UsageError if the domain may not have as many."""
+        self._call("target", nr_pages=nr_pages)
+
     def suspend(self, on_stage: Callable[[str], None]) -> None:
         """Ask the guest to suspend and wait until it has; `on_stage` hears the steps.
 
@@ -308,9 +313,12 @@ class Domctl:
         message, _ = self._call("rings", store_mfn=store_mfn, console_mfn=console_mfn)
         return message["store_port"], message["console_port"]
 
-    def build(self, kernel: str, ramdisk: str | None, cmdline: str) -> None:
-        """Have the domain builder fill the domain from a kernel file."""
-        self._call("build", kernel=kernel, ramdisk=ramdisk, cmdline=cmdline)
+    def build(
+        self, kernel: str, ramdisk: str | None, cmdline: str, nr_pages: int | None = None
+    ) -> None:
+        """Have the domain builder fill the domain from a kernel file; it begins with nr_pages
+        (all that it may have, if None)."""
+        self._call("build", kernel=kernel, ramdisk=ramdisk, cmdline=cmdline, nr_pages=nr_pages)
 
     def commit(self) -> None:
         """The domain is whole: it survives this connection, paused until unpaused."""
