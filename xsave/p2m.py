@@ -1,8 +1,9 @@
 """How the toolstack finds a guest's p2m: through shared_info, as libxc's map_p2m does.
 
 Either a linear list in the guest's virtual memory (p2m_cr3, p2m_vaddr) or the three-level tree
-of pfn_to_mfn_frame_list_list. A domain that was restored and never ran has published neither:
-the list of its image is used.
+of pfn_to_mfn_frame_list_list. Where nothing is, both may lead to one page of holes again and
+again; a tree whose last list pages are all the same says so of all they cover. A domain that was
+restored and never ran has published neither: the list of its image is used.
 """
 
 from __future__ import annotations
@@ -19,6 +20,9 @@ from xsave.public import SharedInfo
 
 PER_PAGE = 512
 _MAX_PFNS = 1 << 32
+#: A p2m may be larger than the memory behind it (gaps, ballooning), not absurdly so.
+_P2M_PER_FRAME = 4
+_ALWAYS_PFNS = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -31,18 +35,24 @@ class GuestP2m:
     list_frames: np.ndarray
 
 
+def largest(nr_frames: int) -> int:
+    """Return how many pfns a guest may have on a host of so many frames."""
+    return max(_P2M_PER_FRAME * nr_frames, _ALWAYS_PFNS)
+
+
 def find(domctl: Domctl, state: DomainState, shared: SharedInfo) -> GuestP2m:
     """Read the p2m of a suspended or never-run domain. Raises GuestStateError."""
     if state.never_run and state.p2m_frames is not None:
         return _of_image(domctl, state, state.p2m_frames)
     size = shared.arch.max_pfn
-    if not 0 < size < min(_MAX_PFNS, 64 * domctl.machine.nr_frames):
+    if not 0 < size < _MAX_PFNS:
         raise GuestStateError(f"the guest says it has {size} pfns (shared_info.arch.max_pfn)")
     tree = _tree(domctl, shared.arch.pfn_to_mfn_frame_list_list, size)
     if shared.arch.p2m_cr3:
+        _require_size(domctl, size)
         leaves = _linear(domctl, shared.arch.p2m_cr3, shared.arch.p2m_vaddr, _nr_pages(size))
     elif tree is not None:
-        leaves = tree[1]
+        size, leaves = tree[1:]
     else:
         raise GuestStateError("the guest has published no p2m (shared_info.arch)")
     p2m = _checked(domctl, domctl.machine.mem[leaves].reshape(-1)[:size])
@@ -85,8 +95,13 @@ def _require(domctl: Domctl, mfns: np.ndarray, what: str) -> np.ndarray:
     return mfns
 
 
-def _tree(domctl: Domctl, top: int, size: int) -> tuple[np.ndarray, np.ndarray] | None:
-    """Return (frames of the lists, frames of the p2m pages), None without a tree."""
+def _require_size(domctl: Domctl, size: int) -> None:
+    if size > largest(domctl.machine.nr_frames):
+        raise GuestStateError(f"the guest's p2m of {size} pfns is too large for this host")
+
+
+def _tree(domctl: Domctl, top: int, size: int) -> tuple[np.ndarray, int, np.ndarray] | None:
+    """Return (frames of the lists, pfns they cover, frames of the p2m pages), None without."""
     if top == 0 or top == INVALID_P2M_ENTRY:
         return None
     mem = domctl.machine.mem
@@ -94,9 +109,19 @@ def _tree(domctl: Domctl, top: int, size: int) -> tuple[np.ndarray, np.ndarray] 
     tops = _require(domctl, np.array([top], np.uint64), "frame_list_list")
     if nr_lists > PER_PAGE:
         raise GuestStateError(f"the guest's p2m of {size} pfns is too large for a frame list")
-    lists = _require(domctl, mem[tops[0], :nr_lists].copy(), "frame list")
+    lists = _without_tail(mem[tops[0], :nr_lists].copy())
+    size = min(size, lists.size * PER_PAGE * PER_PAGE)
+    _require_size(domctl, size)
+    _require(domctl, lists, "frame list")
     leaves = mem[lists].reshape(-1)[: _nr_pages(size)]
-    return np.concatenate((tops, lists)), _require(domctl, leaves, "frame list page")
+    return np.concatenate((tops, lists)), size, _require(domctl, leaves, "frame list page")
+
+
+def _without_tail(lists: np.ndarray) -> np.ndarray:
+    """Return the list pages but the repeats of the last one: they cover nothing but holes, as no
+    pfn's frame can be another's too. (libxc too lowers max_pfn then.)"""
+    changes = np.flatnonzero(np.diff(lists))
+    return lists[: int(changes[-1]) + 2 if changes.size else 1]
 
 
 def _linear(domctl: Domctl, cr3: int, vaddr: int, nr: int) -> np.ndarray:

@@ -92,6 +92,18 @@ class Memory:
                 raise
             return self._domctl.populate(needed)
 
+    def grow(self, p2m_size: int) -> None:
+        """Make room for more pfns: new ones have no frame and were never seen."""
+        more = p2m_size - self.p2m.size
+        if more <= 0:
+            return
+        self._write_behind.finish()  # its thread uses what is replaced here
+        self._write_behind = Behind(self._write, _MAX_WAITING_BYTES)
+        self.p2m = np.append(self.p2m, np.full(more, _INVALID))
+        self.types = np.append(self.types, np.full(more, PageType.XTAB, np.uint8))
+        self._written = np.append(self._written, np.zeros(more, bool))
+        self._offsets = np.append(self._offsets, np.zeros(more, np.uint64))
+
     def complete(self) -> None:
         """All pages came: have them in their frames when this returns."""
         self._write_behind.finish()

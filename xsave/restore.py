@@ -24,6 +24,7 @@ from xsave.guest.xen.domctl import DomainInfo, DomainState, Domctl
 from xsave.image import libxc, xl
 from xsave.image.pages import PageBatch
 from xsave.image.stream import GO_MESSAGE, Item, StreamDecoder
+from xsave.p2m import largest
 from xsave.parts import Parts
 from xsave.placing import Memory
 from xsave.progress import Finished, Pages, Report, Stage, ignore
@@ -32,8 +33,7 @@ from xsave.settling import settle_domain
 
 _AVX_STATE = 1 << 2
 _TAIL_LIMIT = 4096
-#: A p2m may be larger than the memory behind it (ballooning), not absurdly so.
-_P2M_PER_FRAME = 4
+_PFNS_PER_P2M_PAGE = 512
 
 MakeDomain = Callable[[str, int], Domctl]
 
@@ -171,29 +171,35 @@ class Reader:
         self._parts.msrs = item.value.content
 
     def _p2m_frames(self, item: Item) -> None:
-        record = item.value
-        if self._parts.p2m_frames is not None:
-            raise ImageError(
-                "a second X86_PV_P2M_FRAMES record (a growing p2m) is not supported",
-                offset=item.offset,
-            )
-        self._check_p2m_size(record, item.offset)
-        self._parts.p2m_frames, self._parts.p2m_offset = record.pfns, item.offset
-        self._check_cpu()
-        self._begin(record.end_pfn + 1)
+        """The first one begins the domain; later ones replace a part of the list, and the p2m
+        grows to their end (a guest that got memory while it was migrated)."""
+        record, parts = item.value, self._parts
+        size = max(record.end_pfn + 1, self._memory.p2m.size if self._memory else 0)
+        self._check_p2m_frames(record, size, item.offset)
+        old = parts.p2m_frames
+        first = record.start_pfn // _PFNS_PER_P2M_PAGE
+        pages = [] if old is None else [old[:first], old[first + len(record.pfns) :]]
+        pages.insert(1, record.pfns)
+        parts.p2m_frames, parts.p2m_offset = np.concatenate(pages), item.offset
+        if self._memory is None:
+            self._check_cpu()
+            self._begin(size)
+        else:
+            self._memory.grow(size)
 
-    def _check_p2m_size(self, record: libxc.X86PvP2mFrames, offset: int) -> None:
+    def _check_p2m_frames(self, record: libxc.X86PvP2mFrames, size: int, offset: int) -> None:
         wanted = record.nr_frames(8)
-        if record.start_pfn != 0 or len(record.pfns) != wanted:
+        so_far = 0 if self._parts.p2m_frames is None else len(self._parts.p2m_frames)
+        gap = record.start_pfn // _PFNS_PER_P2M_PAGE > so_far
+        if gap or len(record.pfns) != wanted:
             raise ImageError(
                 "the p2m frame list does not cover the p2m",
                 offset=offset,
                 record=record.NAME,
-                expected=f"{wanted} frames from pfn 0",
+                expected=f"{wanted} frames from pfn {so_far * _PFNS_PER_P2M_PAGE:#x} or below",
                 found=f"{len(record.pfns)} from pfn {record.start_pfn:#x}",
             )
-        size = record.end_pfn + 1
-        if size > _P2M_PER_FRAME * self._nr_frames:
+        if size > largest(self._nr_frames):
             raise HostCannotTake(
                 f"the guest's p2m has {size} pfns, this host has {self._nr_frames} frames"
             )

@@ -177,7 +177,20 @@ class Settler:
         if not plain.all():
             wrong = int(frames[~plain][0])
             self._require_plain(wrong, "a p2m page", self._parts.p2m_offset)
-        self._machine.mem[self._memory.p2m[frames]] = local_p2m(self._memory.p2m)
+        pages = local_p2m(self._memory.p2m)
+        self._require_shared_are_holes(frames, pages)
+        self._machine.mem[self._memory.p2m[frames]] = pages
+
+    def _require_shared_are_holes(self, frames: np.ndarray, pages: np.ndarray) -> None:
+        """One p2m page may stand for many ranges of pfns only where all are holes."""
+        _, where, counts = np.unique(frames, return_inverse=True, return_counts=True)
+        wrong = np.flatnonzero((counts[where] > 1) & (pages != _INVALID).any(axis=1))
+        if wrong.size:
+            raise ImageError(
+                f"p2m page {wrong[0]} (pfn {frames[wrong[0]]:#x}) serves for others too",
+                offset=self._parts.p2m_offset,
+                record=libxc.X86PvP2mFrames.NAME,
+            )
 
     def _write_start_info(self, pfn: int) -> None:
         self._require_plain(pfn, "start_info (vCPU 0's rdx)", self._basic(0).offset)
