@@ -297,3 +297,41 @@ def test_random_shared_info(world):
         except GuestStateError:
             continue
         assert found.p2m.size == values[0]
+
+
+# -- large and holey p2ms ---
+
+
+def test_the_empty_tail_of_a_tree_is_left_off(world):
+    """A tree that ends in the same list page again and again covers holes there: the p2m found
+    ends with the first of them (libxc does the same)."""
+    only_tree(world)
+    missing, empty = 3, 4
+    world.content[[missing, empty]] = world.mfns[[missing, empty]]
+    world.page(missing)[:] = INVALID
+    world.page(empty)[:] = world.mfns[missing]
+    top = world.page(world.top)
+    world.page(world.lists)[world.nr_leaves :] = world.mfns[missing]
+    top[1:5] = world.mfns[empty]
+    world.shared.arch.max_pfn = 5 << 18
+    found = world.find()
+    assert found.p2m.size == 2 << 18
+    assert (found.p2m[: world.size] == world.mfns).all()
+    assert (found.p2m[world.size :] == INVALID).all()
+    assert found.frames[world.nr_leaves :].tolist() == [missing] * (1024 - world.nr_leaves)
+    assert sorted(found.list_frames.tolist()) == sorted([empty, world.lists, world.top])
+
+
+@ONE_WAY
+def test_a_p2m_too_large_for_the_host(world, keep):
+    """Whatever is published, there is a limit to how much of it is looked at."""
+    keep(world)
+    world.page(world.top)[:8] = world.mfns[10:18]
+    world.shared.arch.max_pfn = guest_p2m.largest(world.machine.nr_frames) + 1
+    assert "too large for this host" in world.refused()
+
+
+def test_how_large_a_p2m_may_be():
+    """Four times the host's frames, or 4 GiB of address space on a small host."""
+    assert guest_p2m.largest(1 << 20) == 1 << 22
+    assert guest_p2m.largest(4096) == 1 << 20
