@@ -4,6 +4,7 @@
                     |             |        '-- hold: nobody but an explicit word resumes it
                     '-- late -----'-- the request is withdrawn, the guest runs on
 
+A guest that cannot suspend may say why (excuses.py): then nobody waits for the time-out.
 The steps and their time-outs are libxl's (domain_suspend_callback_common). A domain that was
 restored paused and has never run is suspended as it is: there is no kernel to ask.
 """
@@ -20,6 +21,7 @@ from xsave.errors import ConnectionLost, GuestStateError, SuspendFailed
 from xsave.guest.xen.domain import Domain
 from xsave.guest.xen.wire import error_message, send_message
 from xsave.host.control import Client
+from xsave.host.excuses import Excuses
 from xsave.host.running import RunningDomain
 from xsave.public import SHUTDOWN_NAMES, SHUTDOWN_SUSPEND
 
@@ -37,6 +39,7 @@ class Suspension:
         self._holder: Client | None = None
         self._stage = ""
         self._deadline: float | None = None
+        self._excuses: Excuses | None = None
         self.held = False
 
     @property
@@ -69,6 +72,7 @@ class Suspension:
         self._refuse(domain, paused)
         self._holder, self._stage = client, "acknowledge"
         self._deadline = time.monotonic() + SUSPEND_TIMEOUT_S
+        self._excuses = Excuses(domain)
         domain.clock.extend()
         domain.store.write(self._node, "suspend")
         domain.serve_store()
@@ -94,9 +98,13 @@ class Suspension:
         if reason == SHUTDOWN_SUSPEND:
             self._reply(holder, {})
             self._stage, self._deadline = "done", None
+            self._listen_no_more()
         elif reason is not None:
             what = SHUTDOWN_NAMES[reason]
             self._fail(holder, f"the guest did not suspend but shut down ({what})")
+        elif self._excuses and (why := self._excuses.written()):
+            self._withdraw()
+            self._fail(holder, f"the guest could not suspend: {why}")
         elif self._stage == "acknowledge" and self._acknowledged():
             self._reply(holder, {"event": "acknowledged"})
             self._stage = "suspend"
@@ -116,10 +124,18 @@ class Suspension:
             self._withdraw()
             self._fail(holder, "the guest did not acknowledge the request to suspend in time")
         else:
-            self._fail(holder, "the guest acknowledged the request but did not suspend in time")
+            message = "the guest acknowledged the request but did not suspend in time"
+            why = self._excuses.printed() if self._excuses else ""
+            self._fail(holder, f"{message}: its console says: {why}" if why else message)
+
+    def _listen_no_more(self) -> None:
+        if self._excuses:
+            self._excuses.close()
+            self._excuses = None
 
     def _fail(self, holder: Client, message: str) -> None:
         self._holder, self._deadline = None, None
+        self._listen_no_more()
         self._reply(holder, error_message(SuspendFailed(message, stage=self._stage)))
         self._released()
 
@@ -132,6 +148,7 @@ class Suspension:
         if client is not self._holder:
             return
         self._holder, self._deadline = None, None
+        self._listen_no_more()
         if self._domain.shutdown_reason is not None:
             self._released()
         elif not self._domain.never_run:
@@ -151,6 +168,7 @@ class Suspension:
     def resume(self) -> None:
         """End the lease. XEN_DOMCTL_resumedomain after a fast suspend: the hypercall returns 1."""
         self._holder, self._deadline, self.held = None, None, False
+        self._listen_no_more()
         domain = self._domain
         if domain.shutdown_reason == SHUTDOWN_SUSPEND:
             self._running.xen.set_result(1)
