@@ -36,6 +36,15 @@ LAYERS = {
         "xsave.host",
         "xsave.guest.xen.domctl",
         "xsave.guest.xen.cpuid",
+        "xsave.torture",
+    },
+    # The proof drives everything from above, as a command does.
+    "xsave.torture": {
+        "xsave.save",
+        "xsave.restore",
+        "xsave.host",
+        "xsave.image",
+        "xsave.guest.xen",
     },
     "xsave.console": set(),
     "xsave.migrate": {

@@ -40,6 +40,7 @@ COMMANDS = {
     "host": "host:host",
     "image": "image:image",
     "demo": "demo:demo",
+    "torture": "torture:torture",
 }
 _INTERRUPTED = 130
 _DEBUG_VARIABLE = "XSAVE_DEBUG"
