@@ -29,10 +29,9 @@ from xsave.host import handshake
 from xsave.host.channel import open_source
 from xsave.host.host import Host
 from xsave.host.sink import DescriptorSink
-from xsave.host.spawn import spawn
 from xsave.host.transport import Receiver
 from xsave.progress import Event, Finished, Report, Stage, ignore
-from xsave.restore import Source, restore
+from xsave.restore import MakeDomain, Source, restore
 from xsave.save import Writer
 
 BANNER_TIMEOUT_S = 30.0
@@ -163,10 +162,11 @@ class Sender:
 
 
 def receive(
-    host: Host,
+    make_domain: MakeDomain,
     channel: str,
     output: int,
     *,
+    nr_frames: int,
     cpu_mismatch: str = "refuse",
     paused: bool = False,
     report: Report = ignore,
@@ -178,11 +178,17 @@ def receive(
     """
     handshake.send(output, handshake.BANNER, "the banner")  # the sender waits for it
     with open_source(channel) as source:
-        return _take(host, source, output, cpu_mismatch, paused, report)
+        return _take(make_domain, source, output, nr_frames, cpu_mismatch, paused, report)
 
 
 def _take(
-    host: Host, source: Source, output: int, cpu_mismatch: str, paused: bool, report: Report
+    make_domain: MakeDomain,
+    source: Source,
+    output: int,
+    nr_frames: int,
+    cpu_mismatch: str,
+    paused: bool,
+    report: Report,
 ) -> DomainInfo:
     went = False
 
@@ -195,10 +201,6 @@ def _take(
         went = True
         domctl.rename(domctl.name.removesuffix(INCOMING_SUFFIX))
 
-    def make_domain(name: str, nr_pages: int) -> Domctl:
-        host.check_room(nr_pages)
-        return spawn(host, name)
-
     try:
         info = restore(
             source,
@@ -206,7 +208,7 @@ def _take(
             suffix=INCOMING_SUFFIX,
             paused=paused,
             cpu_mismatch=cpu_mismatch,
-            nr_frames=host.nr_frames,
+            nr_frames=nr_frames,
             until_end=False,
             before_unpause=hand_over,
             report=report,

@@ -17,22 +17,24 @@ from types import SimpleNamespace
 from tests.flows.flow import all_free
 from xsave.frames import INVALID_M2P_ENTRY
 from xsave.guest.xen.machine import DOMID_FREE
-from xsave.host import process, spawn
+from xsave.host import prestart, process, spawn
 from xsave.restore import restore as restore_flow
 
 
 class Forks:
-    """Stands in for subprocess.Popen in xsave.host.spawn; knows its children."""
+    """Stands in for subprocess.Popen in xsave.host.prestart; knows its children."""
 
     def __init__(self, monkeypatch):
         self._children = []
-        monkeypatch.setattr(spawn, "subprocess", SimpleNamespace(Popen=self._popen, DEVNULL=None))
+        monkeypatch.setattr(
+            prestart, "subprocess", SimpleNamespace(Popen=self._popen, DEVNULL=None)
+        )
 
-    def _popen(self, command, *, stdout, pass_fds, **_):
+    def _popen(self, command, *, pass_fds, **_):
         pid = os.fork()
         if pid == 0:
-            arguments = command[command.index(spawn.PROCESS_MODULE) + 1 :]
-            run_child(arguments, stdout.fileno(), pass_fds)
+            arguments = command[command.index(prestart.PROCESS_MODULE) + 1 :]
+            run_child(arguments, pass_fds)
         self._children.append(pid)
 
     def kill(self):
@@ -52,13 +54,11 @@ class Forks:
             self._children.pop(0)
 
 
-def run_child(arguments, log, keep):
-    """Be a domain process, with no descriptor but its log and those to keep."""
+def run_child(arguments, keep):
+    """Be a domain process, with no descriptor but those to keep."""
     status = 1
     try:
         os.setsid()
-        os.dup2(log, 1)
-        os.dup2(log, 2)
         edges = [2, *sorted(keep), os.sysconf("SC_OPEN_MAX")]
         for before, behind in pairwise(edges):
             os.closerange(before + 1, behind)

@@ -12,12 +12,13 @@ import click
 from click.shell_completion import CompletionItem
 
 from xsave import console
-from xsave.errors import XsaveError
+from xsave.errors import StorageError, XsaveError
 from xsave.progress import Report
 
 if TYPE_CHECKING:
     from xsave.guest.xen.domctl import Domctl
     from xsave.host.host import Host
+    from xsave.host.prestart import WaitingProcess
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
@@ -37,6 +38,16 @@ class Settings:
         from xsave.host.host import open_host
 
         return open_host(self.host)
+
+    def prestart(self) -> WaitingProcess:
+        """Start the process of a domain to come, before anything else is even imported."""
+        from xsave.host.paths import hosts_directory
+        from xsave.host.prestart import WaitingProcess
+
+        try:
+            return WaitingProcess(hosts_directory() / self.host)
+        except OSError as e:
+            raise StorageError(f"cannot start the domain's process: {e}") from e
 
     def find(self, domain: str) -> Domctl:
         """Open a domain of the chosen host. Raises NotFound."""

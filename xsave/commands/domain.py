@@ -48,23 +48,25 @@ def create(
     Without --kernel the built-in guest runs: it prints a TICK each second, and touch=SIZE on
     its command line makes it fill that much memory.
     """
-    from xsave.host import create as verb
-
     refuse_config_file(name)
-    host = settings.open_host()
-    with settings.progress() as report:
-        info = verb.create(
-            host,
-            name,
-            kernel=kernel,
-            ramdisk=ramdisk,
-            cmdline=cmdline,
-            memory_bytes=memory,
-            vcpus=vcpus,
-            paused=paused,
-            deterministic=deterministic,
-            report=report,
-        )
+    with settings.prestart() as process:
+        from xsave.host import create as verb
+
+        host = settings.open_host()
+        with settings.progress() as report:
+            info = verb.create(
+                host,
+                name,
+                kernel=kernel,
+                ramdisk=ramdisk,
+                cmdline=cmdline,
+                memory_bytes=memory,
+                vcpus=vcpus,
+                paused=paused,
+                deterministic=deterministic,
+                process=process,
+                report=report,
+            )
     settings.answer(as_json, asdict(info), f"{info.name}: domain {info.domid}, {info.state}")
 
 

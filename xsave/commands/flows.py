@@ -15,6 +15,7 @@ from xsave.errors import NotFound, UsageError
 if TYPE_CHECKING:
     from xsave.guest.xen.domctl import Domctl
     from xsave.host.host import Host
+    from xsave.host.prestart import WaitingProcess
 
 STDIO = "-"
 STDOUT_NAMES = (STDIO, "/dev/stdout", "/dev/fd/1", "/proc/self/fd/1")
@@ -101,30 +102,35 @@ def restore(
 
     After any failure nothing is left of the new domain.
     """
-    from xsave import restore as verb
-    from xsave.host.channel import open_source
+    with settings.prestart() as process:
+        from xsave import restore as verb
+        from xsave.host.channel import open_source
 
-    host = settings.open_host()
-    with open_source(file) as source, settings.progress() as report:
-        info = verb.restore(
-            source,
-            domain_maker(host),
-            name=name,
-            paused=paused,
-            cpu_mismatch=cpu_mismatch,
-            nr_frames=host.nr_frames,
-            report=report,
-        )
+        host = settings.open_host()
+        with open_source(file) as source, settings.progress() as report:
+            info = verb.restore(
+                source,
+                domain_maker(host, process),
+                name=name,
+                paused=paused,
+                cpu_mismatch=cpu_mismatch,
+                nr_frames=host.nr_frames,
+                report=report,
+            )
     settings.answer(as_json, asdict(info), f"{info.name}: domain {info.domid}, {info.state}")
 
 
-def domain_maker(host: Host) -> Callable[[str, int], Domctl]:
-    """Return what starts an empty domain of this host, given its name and pages."""
+def domain_maker(
+    host: Host, process: WaitingProcess | None = None
+) -> Callable[[str, int], Domctl]:
+    """Return what makes an empty domain of this host, given its name and pages.
+
+    process: one that waits for its domain already."""
     from xsave.host.spawn import spawn
 
     def make(name: str, nr_pages: int) -> Domctl:
         host.check_room(nr_pages)
-        return spawn(host, name)
+        return spawn(host, name, process)
 
     return make
 
@@ -170,11 +176,19 @@ def only_domain(settings: Settings) -> str:
 @pass_settings
 def migrate_receive(settings: Settings, cpu_mismatch: str, as_json: bool) -> None:
     """The far end of a migration: a stream on stdin, answers on stdout."""
-    from xsave import migrate as verb
-
     settings.stdout_is_data = True
-    host = settings.open_host()
-    with settings.progress() as report:
-        output = sys.stdout.fileno()
-        info = verb.receive(host, STDIO, output, cpu_mismatch=cpu_mismatch, report=report)
+    with settings.prestart() as process:
+        from xsave import migrate as verb
+
+        host = settings.open_host()
+        make_domain = domain_maker(host, process)
+        with settings.progress() as report:
+            info = verb.receive(
+                make_domain,
+                STDIO,
+                sys.stdout.fileno(),
+                cpu_mismatch=cpu_mismatch,
+                nr_frames=host.nr_frames,
+                report=report,
+            )
     settings.answer(as_json, asdict(info), f"{info.name}: received as domain {info.domid}")

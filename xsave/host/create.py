@@ -12,6 +12,7 @@ from xsave.guest.xen.cpuid import XEN_VERSION, CpuPolicy
 from xsave.guest.xen.domctl import DomainInfo, DomainState
 from xsave.guest.xen.time import DEFAULT_TSC_KHZ
 from xsave.host.host import Host
+from xsave.host.prestart import WaitingProcess
 from xsave.host.spawn import spawn
 from xsave.progress import Report, Stage, ignore
 from xsave.public import XEN_LEGACY_MAX_VCPUS
@@ -36,9 +37,12 @@ def create(
     vcpus: int = 1,
     paused: bool = False,
     deterministic: int | None = None,
+    process: WaitingProcess | None = None,
     report: Report = ignore,
 ) -> DomainInfo:
     """Build a domain and start it (unless paused). No kernel: the built-in guest.
+
+    process: one that waits for a domain already.
 
     It begins with memory_bytes and may grow to max_memory_bytes (not at all, if None).
 
@@ -55,7 +59,7 @@ def create(
         cmdline = f"seed={deterministic} {cmdline}".strip()
     host.check_room(memory_bytes // PAGE_SIZE)
     report(Stage("create", "build", f"{memory_bytes >> 20} MiB"))
-    with spawn(host, name) as domctl:
+    with spawn(host, name, process) as domctl:
         domctl.begin(
             nr_vcpus=vcpus,
             max_pages=max_pages,
@@ -68,10 +72,10 @@ def create(
         settings = _settings(kernel, ramdisk, cmdline, builtin, deterministic)
         domctl.set_state(_state(name, memory_bytes, max_pages, vcpus, settings, deterministic))
         domctl.commit()
-        if not paused:
-            report(Stage("create", "start"))
-            domctl.unpause()
-        return domctl.info()
+        if paused:
+            return domctl.info()
+        report(Stage("create", "start"))
+        return domctl.unpause()
 
 
 def _check(memory_bytes: int, vcpus: int, builtin: bool) -> None:

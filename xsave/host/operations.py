@@ -153,7 +153,7 @@ class Operations:
         self._running.paused = True
         return {}, b""
 
-    def op_unpause(self, _request: Request) -> Answer:
+    def op_unpause(self, request: Request) -> Answer:
         domain = self._domain
         if self._suspension.active:
             raise GuestStateError("a save or migration of this domain is at work")
@@ -164,7 +164,7 @@ class Operations:
         self._suspension.resume()
         self._running.paused = False
         domain.clock.extend()
-        return {}, b""
+        return self.op_info(request)  # before the guest's first instruction, which takes a moment
 
     def op_shutdown(self, request: Request) -> Answer:
         domain = self._domain

@@ -1,15 +1,17 @@
 """One OS process per domain: it owns the vCPUs and does what the control socket asks.
 
-    python -m xsave.host.process HOST_DIRECTORY DOMID NAME LISTEN_FD ALIVE_FD
+    python -m xsave.host.process HOST_DIRECTORY FD
 
-It is started detached by `spawn`, with no descriptor but the listening socket and the locked
-`alive` file. The vCPU loop below is the only place that changes the domain; requests are done
-between two runs of the guest (operations.py), at once when it blocks.
+It is started detached, waits at the socket FD until it is told its domain (prestart.py) and then
+has no descriptor but the listening socket, the locked `alive` file and its log. The vCPU loop
+below is the only place that changes the domain; requests are done between two runs of the guest
+(operations.py), at once when it blocks.
 """
 
 from __future__ import annotations
 
 import faulthandler
+import os
 import select
 import signal
 import socket
@@ -17,11 +19,13 @@ import sys
 import traceback
 from pathlib import Path
 
+from xsave.errors import ConnectionLost
 from xsave.guest.xen.context import Vcpu
 from xsave.guest.xen.domain import Domain
 from xsave.host import host as hosts
 from xsave.host.control import Control, Ticker
 from xsave.host.operations import Operations
+from xsave.host.prestart import receive_identity
 from xsave.host.running import RunningDomain
 
 #: Instructions per slice of a deterministic guest.
@@ -176,19 +180,31 @@ class DomainProcess:
 
 
 def main(arguments: list[str]) -> None:
-    host_directory, domid, name, listen_fd, _alive_fd = arguments
+    host_directory, fd = arguments
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        identity, descriptors = receive_identity(int(fd), 3)
+    except ConnectionLost:
+        return
+    listener = socket.socket(fileno=descriptors[0])
+    _log_to(descriptors[2])
     faulthandler.register(signal.SIGUSR1)  # where does it hang? the answer is in process.log
-    listener = socket.socket(fileno=int(listen_fd))
-    listener.set_inheritable(False)
     host = hosts.Host(Path(host_directory))
-    directory = host.directory / "domains" / domid
-    running = RunningDomain(directory, host.machine, int(domid), name, Control(listener))
+    domid, name = identity["domid"], identity["name"]
+    directory = host.directory / "domains" / str(domid)
+    running = RunningDomain(directory, host.machine, domid, name, Control(listener))
     try:
         DomainProcess(running).serve()
     finally:
         running.remove()
+
+
+def _log_to(fd: int) -> None:
+    """The command's standard error belongs to its terminal or its pipe: let go of it."""
+    os.dup2(fd, 1)
+    os.dup2(fd, 2)
+    os.close(fd)
 
 
 if __name__ == "__main__":

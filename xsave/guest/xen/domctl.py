@@ -128,6 +128,9 @@ class Domctl:
 
     def info(self) -> DomainInfo:
         message, _ = self._call("info")
+        return self._info(message)
+
+    def _info(self, message: dict[str, Any]) -> DomainInfo:
         mfns = np.flatnonzero(self.machine.owner == self.domid)
         return DomainInfo(
             name=self.name,
@@ -143,8 +146,10 @@ class Domctl:
     def pause(self) -> None:
         self._call("pause")
 
-    def unpause(self) -> None:
-        self._call("unpause")
+    def unpause(self) -> DomainInfo:
+        """Let it run; return what it is from then on."""
+        message, _ = self._call("unpause")
+        return self._info(message)
 
     def destroy(self) -> None:
         """End the domain; its frames are free and its process gone when this returns or soon."""
