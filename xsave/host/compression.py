@@ -18,6 +18,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import numpy as np
 import zstandard
 
+from xsave.frames import PAGE_SIZE
 from xsave.host.sink import Sink
 from xsave.host.source import Source
 from xsave.image.buffers import Buffer, Rows, Zeros, nbytes
@@ -25,6 +26,9 @@ from xsave.image.zstdseek import FRAME_CONTENT, MAX_WINDOW, Piece, damaged, seek
 
 #: A frame of more content is decompressed in pieces.
 _MAX_WHOLE_FRAME = 4 << 20
+#: The content of a frame that is known to be zero, and more than its compressed bytes.
+_ZEROS = bytes(FRAME_CONTENT)
+_MAX_ZERO_FRAME = 1 << 10
 
 
 def nr_workers() -> int:
@@ -33,7 +37,11 @@ def nr_workers() -> int:
 
 
 class ZstdSource(Source):
-    """The decompressed content of a source; `position` counts decompressed bytes."""
+    """The decompressed content of a source; `position` counts decompressed bytes.
+
+    A frame of zeros only, as our own files have where the guest has memory it never used, is
+    neither decompressed again nor copied, and `zero_pages` knows it.
+    """
 
     def __init__(self, raw: Source) -> None:
         super().__init__(raw.name)
@@ -41,24 +49,36 @@ class ZstdSource(Source):
         self._pool = ThreadPoolExecutor(nr_workers(), "decompress")
         self._local = threading.local()
         self._chunks = self._decompressed()
-        self._current = memoryview(b"")
+        self._rest, self._rest_is_zero = memoryview(b""), False
+        self._zero_frame = b""
+        self._zero_runs: list[tuple[int, int]] = []  # in the last read: start, end
 
     def read(self, n: int) -> memoryview:
         """Return the next n bytes, a view where they lie in one frame."""
-        if n > len(self._current):
-            self._gather(n)
-        piece, self._current = self._current[:n], self._current[n:]
-        self.position += len(piece)
-        return piece
+        parts: list[tuple[memoryview, bool]] = []
+        self._zero_runs = []
+        while n and (part := self._next(n)):
+            parts.append((part, self._rest_is_zero))
+            if self._rest_is_zero:
+                self._zero_runs.append((self.position, self.position + len(part)))
+            self.position += len(part)
+            n -= len(part)
+        return _joined(parts)
 
-    def _gather(self, n: int) -> None:
-        parts, size = [self._current], len(self._current)
-        while size < n and (chunk := next(self._chunks, None)) is not None:
-            parts.append(memoryview(chunk))
-            size += len(chunk)
-        self._current = (
-            memoryview(b"".join(parts)) if len(parts) > 2 or len(parts[0]) else parts[-1]
-        )
+    def _next(self, n: int) -> memoryview:
+        """Return the next bytes, n at most, that lie in one frame; none at the end."""
+        while not self._rest and (chunk := next(self._chunks, None)) is not None:
+            self._rest, self._rest_is_zero = memoryview(chunk), chunk is _ZEROS
+        part, self._rest = self._rest[:n], self._rest[n:]
+        return part
+
+    def zero_pages(self, offset: int, nr_pages: int) -> np.ndarray | None:
+        """Return which pages lie wholly in frames of zeros; only of what was read last."""
+        zero = np.zeros(nr_pages, bool)
+        for start, end in self._zero_runs:
+            first = max(-((offset - start) // PAGE_SIZE), 0)
+            zero[first : max((end - offset) // PAGE_SIZE, 0)] = True
+        return zero
 
     def _decompressed(self) -> Iterator[bytes]:
         pending: deque[Future[bytes]] = deque()
@@ -77,11 +97,17 @@ class ZstdSource(Source):
     def _whole_frame(self, pieces: list[Piece]) -> bytes:
         if not hasattr(self._local, "decompressor"):
             self._local.decompressor = zstandard.ZstdDecompressor(max_window_size=MAX_WINDOW)
+        data = b"".join(piece.data for piece in pieces)
+        if data == self._zero_frame:
+            return _ZEROS
         try:
-            data = b"".join(piece.data for piece in pieces)
-            return bytes(self._local.decompressor.decompress(data))
+            content = bytes(self._local.decompressor.decompress(data))
         except zstandard.ZstdError as error:
             raise damaged(str(error), pieces[0].offset) from error
+        if len(data) < _MAX_ZERO_FRAME and content == _ZEROS:
+            self._zero_frame = data
+            return _ZEROS
+        return content
 
     def _long_frame(self, pieces: Iterator[Piece]) -> Iterator[bytes]:
         frame = zstandard.ZstdDecompressor(max_window_size=MAX_WINDOW).decompressobj()
@@ -97,6 +123,19 @@ class ZstdSource(Source):
         """Let the threads go and close what is underneath."""
         self._pool.shutdown(wait=True, cancel_futures=True)
         self._raw.close()
+
+
+def _joined(parts: list[tuple[memoryview, bool]]) -> memoryview:
+    """Join (bytes, are all zero) parts; memory for zeros is not even touched."""
+    if len(parts) == 1:
+        return parts[0][0]
+    joined = np.zeros(sum(len(part) for part, _ in parts), np.uint8)
+    position = 0
+    for part, is_zero in parts:
+        if not is_zero:
+            joined[position : position + len(part)] = part
+        position += len(part)
+    return joined.data.toreadonly()
 
 
 def _frames(pieces: Iterator[Piece]) -> Iterator[list[Piece] | Iterator[Piece]]:

@@ -65,12 +65,12 @@ class _Input:
         self._read = read
         self.position = 0
 
-    def at_most(self, n: int) -> bytes:
-        data = bytes(self._read(n))
+    def at_most(self, n: int) -> memoryview:
+        data = self._read(n)
         self.position += len(data)
         return data
 
-    def exact(self, n: int) -> bytes:
+    def exact(self, n: int) -> memoryview:
         offset = self.position
         data = self.at_most(n)
         if len(data) != n:
@@ -105,7 +105,7 @@ def walk(read: Read) -> Iterator[Piece]:
             raise damaged("no zstd frame", offset, expected=MAGIC.hex(" "), found=magic.hex(" "))
 
 
-def _is_skippable(magic: bytes) -> bool:
+def _is_skippable(magic: memoryview) -> bool:
     return int.from_bytes(magic, "little") & ~0xF == _SKIPPABLE_MAGIC
 
 
@@ -118,13 +118,14 @@ def _skip(source: _Input) -> None:
 def _frame(source: _Input) -> Iterator[Piece]:
     offset = source.position - len(MAGIC)
     header = _frame_header(source, offset)
-    parts, is_first = [header.data], True
+    parts: list[bytes | memoryview] = [header.data]
+    is_first = True
     while True:
         nr_blocks = 0
         is_last = False
         while nr_blocks < BLOCKS_PER_PIECE and not is_last:
-            block, is_last = _block(source)
-            parts.append(block)
+            *block, is_last = _block(source)
+            parts += block
             nr_blocks += 1
         if is_last and header.has_checksum:
             parts.append(source.exact(4))
@@ -149,7 +150,7 @@ def _frame_header(source: _Input, offset: int) -> FrameHeader:
         raise damaged("window too large", offset, expected=MAX_WINDOW, found=window_bytes)
     if dictionary_size and any(data[-content_size_size - dictionary_size :][:dictionary_size]):
         raise damaged("compressed with a dictionary", offset)
-    whole = MAGIC + bytes([descriptor]) + data
+    whole = b"".join((MAGIC, bytes([descriptor]), data))
     return FrameHeader(whole, window_bytes, content_bytes, bool(descriptor & 4))
 
 
@@ -158,15 +159,15 @@ def _window_bytes(descriptor: int) -> int:
     return base + (base >> 3) * (descriptor & 7)
 
 
-def _block(source: _Input) -> tuple[bytes, bool]:
-    """Return a block with its header, and whether it is the frame's last."""
+def _block(source: _Input) -> tuple[memoryview, memoryview, bool]:
+    """Return a block's header and the rest of it, and whether it is the frame's last."""
     offset = source.position
     head = source.exact(3)
     value = int.from_bytes(head, "little")
     kind, size = (value >> 1) & 3, value >> 3
     if kind == 3 or size > 128 << 10:
         raise damaged("wrong block", offset, found=f"type {kind}, {size} bytes")
-    return head + source.exact(1 if kind == 1 else size), bool(value & 1)
+    return head, source.exact(1 if kind == 1 else size), bool(value & 1)
 
 
 def seek_table(sizes: list[tuple[int, int]]) -> bytes:
