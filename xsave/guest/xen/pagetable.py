@@ -116,9 +116,12 @@ class PageTables:
         elif PGT_L2 <= was <= PGT_L4:
             self._release_upper(mfn, was)
 
-    def _validate_l1(self, mfn: int) -> int:
-        row = self.machine.mem[mfn]
-        entries = row[(row & PTE_PRESENT) != 0]
+    def _validate_l1(self, mfns: int | np.ndarray) -> int:
+        """Take the references of all entries of one table, or of several at once; all or none."""
+        m = self.machine
+        rows = m.mem[mfns]
+        present = (rows & PTE_PRESENT) != 0
+        entries = rows[present]
         if not entries.size:
             return 0
         if (entries & np.uint64(_DISALLOWED[PGT_L1])).any():
@@ -126,7 +129,6 @@ class PageTables:
         targets = (entries & np.uint64(PTE_FRAME_MASK)) >> np.uint64(PAGE_SHIFT)
         if int(targets.max()) >= self.nr_frames:
             return -errno.EINVAL
-        m = self.machine
         if (m.owner[targets] != self.domid).any() or (m.page_type[targets] == PGT_XEN).any():
             return -errno.EINVAL
         writable = targets[(entries & PTE_RW) != 0]
@@ -136,8 +138,23 @@ class PageTables:
         np.add.at(m.type_count, writable, _ONE)
         m.page_type[writable] = PGT_WRITABLE
         np.add.at(m.refs, targets, _ONE)
-        row[(row & PTE_PRESENT) != 0] |= np.uint64(PTE_USER)
+        rows[present] = entries | np.uint64(PTE_USER)
+        m.mem[mfns] = rows
         return 0
+
+    def _hold_l1s(self, entries: list[int]) -> list[int]:
+        """Validate the new L1 tables that entries of an L2 name, all at once, as many together
+        are cheap; return those that got a reference so. If one is wrong nothing happens: it is
+        found when each is taken by itself."""
+        named = {(entry & PTE_FRAME_MASK) >> PAGE_SHIFT for entry in entries}
+        new = [mfn for mfn in named if self.owned(mfn) and not self.count[mfn]]
+        index = np.array(new, np.int64)
+        m = self.machine
+        m.page_type[index], m.type_count[index] = PGT_L1, 1
+        if self._validate_l1(index):
+            m.page_type[index], m.type_count[index] = PGT_NONE, 0
+            return []
+        return new
 
     def _release_l1(self, mfn: int) -> None:
         m = self.machine
@@ -160,7 +177,9 @@ class PageTables:
     def _validate_upper(self, mfn: int, level: int) -> int:
         taken: list[int] = []
         rc = 0
-        for slot, entry in self._links(mfn, level):
+        links = self._links(mfn, level)
+        held = self._hold_l1s([entry for _, entry in links]) if level == PGT_L2 else []
+        for slot, entry in links:
             rc = self._take(entry, level)
             if rc:
                 break
@@ -169,6 +188,9 @@ class PageTables:
         if rc:
             for entry in taken:
                 self._drop(entry, level)
+        for table in held:
+            self.put_type(table)
+        if rc:
             return rc
         if level == PGT_L4:
             first, last = XEN_L4_SLOTS
