@@ -16,6 +16,8 @@ from xsave.image.pages import PageBatch
 from xsave.placing import Memory
 
 NR_FRAMES = 4096
+TABLES = (7, 8)
+VALUES = (None, -1, 0, 0, 1, 2, 255, *TABLES)
 P2M_SIZE = 300
 
 
@@ -43,21 +45,26 @@ class StandIn:
 
 
 def batch(values, at=0):
-    """A record of (pfn, value): a page full of the value, no frame for None, no data for -1."""
+    """A record of (pfn, value): a page full of the value, no frame for None, no data for -1.
+
+    One of TABLES is a page table, by its type."""
     pfns = np.array([pfn for pfn, _ in values], np.uint64)
     kinds = {None: PageType.XTAB, -1: PageType.XALLOC}
-    types = np.array([kinds.get(value, PageType.NOTAB) for _, value in values], np.uint8)
+    kinds_with_data = dict.fromkeys(TABLES, PageType.L2TAB_PINNED)
+    types = [(kinds | kinds_with_data).get(value, PageType.NOTAB) for _, value in values]
     rows = [np.full(PAGE_SIZE, value, np.uint8) for _, value in values if value not in kinds]
     for row in rows[::2]:
         row[:-1] = 0  # not zero, though its first word is
     data = b"?" * at + b"".join(row.tobytes() for row in rows)  # at any address
     pages = np.frombuffer(data, np.uint8)[at:].reshape(-1, PAGE_SIZE)
-    return PageBatch(pfns, types, pages, 1000)
+    return PageBatch(pfns, np.array(types, np.uint8), pages, 1000)
 
 
 records = st.lists(
     st.lists(
-        st.tuples(st.integers(0, P2M_SIZE - 1), st.sampled_from([None, -1, 0, 0, 1, 2, 255])),
+        st.tuples(
+            st.integers(0, P2M_SIZE - 1), st.sampled_from([None, -1, 0, 0, 1, 2, 255, *TABLES])
+        ),
         min_size=1,
         max_size=40,
     ),
@@ -125,10 +132,27 @@ def test_a_pfn_outside_is_refused():
     assert not domctl.machine.pages.any()
 
 
+@given(records)
+def test_tables_are_there_first(records):
+    """While other pages may still be on their way, all page tables are in their frames, also
+    those that were no tables when they came before."""
+    domctl = StandIn()
+    memory = Memory(domctl, P2M_SIZE)
+    expected = {}
+    for values in records:
+        memory.place(batch(values), None, 0)
+        for pfn, value in values:
+            expected[pfn] = value
+    pfns = memory.table_pfns()
+    assert pfns.tolist() == sorted(pfn for pfn, value in expected.items() if value in TABLES)
+    last = domctl.machine.pages[memory.p2m[pfns].astype(np.intp), -1]
+    assert last.tolist() == [expected[pfn] for pfn in pfns.tolist()]
+    memory.complete()
+
+
 def test_nothing_is_written_after_stop():
     """When stop() returns the frames may go to another domain: nothing writes to them."""
     domctl = StandIn()
-    memory = Memory(domctl, P2M_SIZE)
     calls = []
 
     def write_slowly(mfns, pages, rows):
@@ -136,24 +160,26 @@ def test_nothing_is_written_after_stop():
         calls.append(rows.size)
 
     domctl.machine.write_frames = write_slowly
+    memory = Memory(domctl, P2M_SIZE)
     for first in range(0, P2M_SIZE, 10):
         memory.place(batch([(first + i, 1) for i in range(10)]), None, 0)
+    time.sleep(0.03)
     memory.stop()
     after = list(calls)
     time.sleep(0.1)
     assert calls == after
-    assert len(after) < 5
+    assert 0 < len(after) < 5
 
 
 def test_a_write_that_fails_is_raised():
     """What goes wrong in the thread reaches the restore."""
     domctl = StandIn()
-    memory = Memory(domctl, P2M_SIZE)
 
     def fail(*_):
         raise StorageError("no space")
 
     domctl.machine.write_frames = fail
+    memory = Memory(domctl, P2M_SIZE)
     memory.place(batch([(1, 1)]), None, 0)
     with pytest.raises(StorageError):
         memory.complete()

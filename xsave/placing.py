@@ -6,6 +6,8 @@ the last occurrence of a pfn wins).
 
 What a restore waits for is the first touch of its frames. So a thread puts pages into them, in
 the order in which they came, while the next ones are read and the domain's process still starts.
+Page tables do not wait for the thread: they are in place as soon as they are read, so that they
+can be localised and pinned while it works off the rest.
 """
 
 from __future__ import annotations
@@ -19,9 +21,9 @@ from xsave.guest.xen.domctl import Domctl
 from xsave.image.pages import PageBatch, has_data, zero_pages
 
 #: Frames asked for at once, at least; what is left is given back at the end.
-_POOL_FRAMES = 16384
+_POOL_FRAMES = 65536
 #: Pages that may wait to be put into frames, unless one record alone is more.
-_MAX_WAITING_BYTES = 32 << 20
+_MAX_WAITING_BYTES = 96 << 20
 _INVALID = np.uint64(INVALID_P2M_ENTRY)
 
 
@@ -34,7 +36,8 @@ class Memory:
         self.p2m = np.full(p2m_size, _INVALID, np.uint64)
         self.types = np.full(p2m_size, PageType.XTAB, np.uint8)
         self._written = np.zeros(p2m_size, bool)
-        self._write_behind = Behind(self._write, _MAX_WAITING_BYTES)
+        self._queued = np.zeros(p2m_size, bool)  # ever left to the thread
+        self._write_behind = Behind(self._machine.write_frames, _MAX_WAITING_BYTES)
         self._offsets = np.zeros(p2m_size, np.uint64)
         self._pool = np.empty(0, np.uint64)
         self.nr_populated = 0
@@ -57,7 +60,8 @@ class Memory:
         where = np.arange(with_data.size, dtype=np.uint64) * np.uint64(PAGE_SIZE)
         self._offsets[with_data] = where + np.uint64(batch.pages_offset)
         if with_data.size:
-            self._write_behind(batch.pages.nbytes, with_data, batch.pages, zero)
+            rows = self._rows_to_write(with_data, batch.pages, zero)
+            self._write(with_data[rows], batch.pages, rows)
 
     def offset_of(self, pfn: int) -> int | None:
         """Return where in the image the page's bytes were, None if it came with none."""
@@ -97,12 +101,18 @@ class Memory:
         more = p2m_size - self.p2m.size
         if more <= 0:
             return
-        self._write_behind.finish()  # its thread uses what is replaced here
-        self._write_behind = Behind(self._write, _MAX_WAITING_BYTES)
         self.p2m = np.append(self.p2m, np.full(more, _INVALID))
         self.types = np.append(self.types, np.full(more, PageType.XTAB, np.uint8))
         self._written = np.append(self._written, np.zeros(more, bool))
+        self._queued = np.append(self._queued, np.zeros(more, bool))
         self._offsets = np.append(self._offsets, np.zeros(more, np.uint64))
+
+    def table_pfns(self) -> np.ndarray:
+        """Return the page tables' pfns, ascending, (n,) intp; all are in their frames then."""
+        pfns = np.flatnonzero(table_levels(self.types))
+        if self._queued[pfns].any():
+            self.complete()
+        return pfns
 
     def complete(self) -> None:
         """All pages came: have them in their frames when this returns."""
@@ -117,14 +127,31 @@ class Memory:
         self._machine.free(self._pool)
         self._pool = self._pool[:0]
 
-    def _write(self, pfns: np.ndarray, pages: np.ndarray, zero: np.ndarray | None) -> None:
-        """Put pages into the frames of their pfns. In the thread."""
+    def _rows_to_write(
+        self, pfns: np.ndarray, pages: np.ndarray, zero: np.ndarray | None
+    ) -> np.ndarray:
+        """Return which rows of pages are not what the frames of their pfns hold already."""
         rows = np.arange(pfns.size)
         if not _ascending(pfns):
             rows = _last_of_each(pfns)
         rows = rows[_not_zero(pages, zero)[rows] | self._written[pfns[rows]]]
-        self._machine.write_frames(self.p2m[pfns[rows]], pages, rows)
         self._written[pfns[rows]] = True
+        return rows
+
+    def _write(self, pfns: np.ndarray, pages: np.ndarray, rows: np.ndarray) -> None:
+        """Put rows (k,) of pages into the frames of pfns (k,): tables now, the rest behind."""
+        mfns = self.p2m[pfns]
+        now = (table_levels(self.types[pfns]) != 0) & ~self._queued[pfns]
+        if now.any():
+            self._machine.write_frames(mfns[now], pages, rows[now])
+            pfns, mfns, rows = pfns[~now], mfns[~now], rows[~now]
+        self._queued[pfns] = True
+        self._write_behind(rows.size * PAGE_SIZE, mfns, pages, rows)
+
+
+def table_levels(types: np.ndarray) -> np.ndarray:
+    """Return (n,) u8: 1 to 4 for page tables, pinned or not, 0 for all else."""
+    return np.where(types < PageType.BROKEN, types & 7, 0)
 
 
 def _ascending(pfns: np.ndarray) -> bool:

@@ -73,10 +73,11 @@ def restore(
     try:
         domctl = reader.run(until_end)
         before_unpause(domctl)
-        if not paused:
+        if paused:
+            info = domctl.info()
+        else:
             report(Stage("restore", "unpause"))
-            domctl.unpause()
-        info = domctl.info()
+            info = domctl.unpause()
         domctl.close()
     except BaseException:
         reader.abandon()
@@ -128,7 +129,6 @@ class Reader:
             self._check_tail(decoder)
         if self._memory is None or self._domctl is None:
             raise ImageError("the image has no X86_PV_P2M_FRAMES record", offset=decoder.position)
-        self._memory.complete()
         self._report(Stage("restore", "settle", "page tables, p2m, vCPUs"))
         self._check_vcpus(decoder.position)
         settle_domain(self._domctl, self._memory, self._parts, self._state(self._memory))

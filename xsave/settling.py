@@ -1,8 +1,9 @@
 """The end of a restore: from pages in frames to a domain that can run.
 
-In libxc's order (xg_sr_restore_x86_pv.c stream_complete): page tables, vCPU contexts with cr3 and
+As libxc does it (xg_sr_restore_x86_pv.c stream_complete): page tables, vCPU contexts with cr3 and
 start_info, pins, the p2m; plus the checks that make a wrong image an error instead of a dead
-guest. Errors name the record's offset where one is to blame, else the pfn.
+guest. The tables are pinned first: other pages may still be on their way into their frames then.
+Errors name the record's offset where one is to blame, else the pfn.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from xsave.image import libxc
 from xsave.image.pages import PageBatch
 from xsave.image.stream import Item
 from xsave.parts import Parts
-from xsave.placing import Memory
+from xsave.placing import Memory, table_levels
 from xsave.public import SharedInfo, StartInfo, VcpuGuestContext
 
 _INVALID = np.uint64(INVALID_P2M_ENTRY)
@@ -29,7 +30,7 @@ _KERNEL_MODE = 1 << 2
 
 
 def settle_domain(domctl: Domctl, memory: Memory, parts: Parts, state: DomainState) -> None:
-    """Finish the domain whose pages are all in place. Raises ImageError, HostCannotTake."""
+    """Finish the domain whose pages were all read. Raises ImageError, HostCannotTake."""
     Settler(domctl, memory, parts).run(state)
 
 
@@ -45,13 +46,14 @@ class Settler:
     def run(self, state: DomainState) -> None:
         self._localise_tables()
         self._memory.give_back_pool()
+        self._pin()
+        self._memory.complete()
         contexts = {vcpu_id: self._context(vcpu_id) for vcpu_id in sorted(self._parts.vcpus)}
         self._write_shared_info()
         self._write_p2m()
         registers = contexts[0].user_regs
         self._write_start_info(registers.rdx)
         registers.rdx, registers.rax = self._mfn(registers.rdx), 0
-        self._pin()
         for vcpu_id, context in contexts.items():
             self._set_vcpu(vcpu_id, context)
         self._domctl.set_state(state)
@@ -60,8 +62,7 @@ class Settler:
 
     def _localise_tables(self) -> None:
         memory, machine = self._memory, self._machine
-        levels = np.where(memory.types < PageType.BROKEN, memory.types & 7, 0)
-        pfns = np.flatnonzero(levels)
+        levels, pfns = table_levels(memory.types), memory.table_pfns()
         tables = machine.mem[memory.p2m[pfns]]
         rows, slots, targets = referenced_pfns(tables)
         self._check_entries(tables, levels, pfns, rows, slots, targets)
