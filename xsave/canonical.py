@@ -66,38 +66,33 @@ def canonicalise(
     out = tables.copy()
     first, last = XEN_L4_SLOTS
     out[levels == 4, first : last + 1] = 0
-    present = _present(out)
-    entries = out.reshape(-1)[present]
-    pfns, valid = mfns_to_pfns((entries & _FRAME) >> _SHIFT, m2p, p2m)
-    valid &= ((entries & np.uint64(PTE_PSE)) == 0) | (levels[present // out.shape[1]] == 1)
-    new = (entries & _FLAGS) | np.where(valid, pfns << _SHIFT, entries & _FRAME)
-    out.reshape(-1)[present] = new
-    bad = np.column_stack(np.divmod(present[~valid], out.shape[1]))
+    present = (out & _PRESENT) != 0
+    pfns, valid = mfns_to_pfns((out & _FRAME) >> _SHIFT, m2p, p2m)
+    valid[levels > 1] &= (out[levels > 1] & np.uint64(PTE_PSE)) == 0
+    pfns <<= _SHIFT
+    pfns |= out & _FLAGS
+    bad = np.argwhere(present & ~valid)
     deferred = np.zeros(len(tables), bool)
     deferred[bad[:, 0]] = True
-    return Canonicalised(out, deferred, bad)
-
-
-def _present(tables: np.ndarray) -> np.ndarray:
-    """Return where the present entries are, counted through all tables."""
-    return np.flatnonzero((tables & _PRESENT) != 0)
+    return Canonicalised(np.where(present & valid, pfns, out), deferred, bad)
 
 
 def referenced_pfns(tables: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return (rows, slots, pfns) of the present entries of canonical tables."""
-    present = _present(tables)
+    present = np.flatnonzero((tables & _PRESENT) != 0)
     rows, slots = np.divmod(present, tables.shape[1])
     return rows, slots, (tables.reshape(-1)[present] & _FRAME) >> _SHIFT
 
 
 def localise(tables: np.ndarray, p2m: np.ndarray) -> np.ndarray:
     """Replace pfns by mfns in the present entries; every pfn must be inside p2m and mapped."""
-    out = tables.copy()
-    present = _present(out)
-    entries = out.reshape(-1)[present]
-    mfns = p2m[(entries & _FRAME) >> _SHIFT]
-    out.reshape(-1)[present] = (entries & _FLAGS) | (mfns << _SHIFT)
-    return out
+    present = (tables & _PRESENT) != 0
+    pfns = (tables & _FRAME) >> _SHIFT
+    pfns *= present  # what is not present may look like anything
+    mfns = p2m[pfns]
+    mfns <<= _SHIFT
+    mfns |= tables & _FLAGS
+    return np.where(present, mfns, tables)
 
 
 def canonical_p2m(p2m: np.ndarray, per_page: int = 512) -> np.ndarray:

@@ -81,9 +81,9 @@ def _of_image(domctl: Domctl, state: DomainState, frames: np.ndarray) -> GuestP2
 
 def _checked(domctl: Domctl, p2m: np.ndarray) -> np.ndarray:
     """Entries that name no frame of the guest are holes (foreign, identity, or nonsense)."""
-    pfns = np.arange(p2m.size, dtype=np.uint64)
-    good = domctl.owned(p2m)
-    good[good] = domctl.machine.m2p[p2m[good]] == pfns[good]
+    machine, pfns = domctl.machine, np.arange(p2m.size, dtype=np.uint64)
+    inside = np.where(p2m < np.uint64(machine.nr_frames), p2m, np.uint64(0))  # 0 is nobody's
+    good = (machine.m2p[inside] == pfns) & (machine.owner[inside] == domctl.domid)
     return np.where(good, p2m, np.uint64(INVALID_P2M_ENTRY))
 
 
