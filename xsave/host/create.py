@@ -19,6 +19,8 @@ from xsave.public import XEN_LEGACY_MAX_VCPUS
 
 BUILTIN_KERNEL = Path(__file__).parents[1] / "guest" / "kernel" / "xsave-guest.elf"
 MIN_MEMORY_BYTES = 4 << 20
+#: NR_CPUS of the built-in kernel.
+MAX_BUILTIN_VCPUS = 8
 #: "boot" goes into b_info, "xsave" stays our own (real tools ignore it).
 Settings = dict[str, dict[str, object]]
 #: Namespace of the uuids of deterministic guests: the same commands give the same image.
@@ -86,8 +88,11 @@ def _check(memory_bytes: int, vcpus: int, builtin: bool) -> None:
         )
     if not 1 <= vcpus <= XEN_LEGACY_MAX_VCPUS:
         raise UsageError(f"{vcpus} vCPUs: expected 1 to {XEN_LEGACY_MAX_VCPUS}")
-    if builtin and vcpus > 1:
-        raise HostCannotTake(f"the built-in guest has 1 vCPU, not {vcpus}: give a --kernel")
+    if builtin and vcpus > MAX_BUILTIN_VCPUS:
+        raise HostCannotTake(
+            f"the built-in guest has {MAX_BUILTIN_VCPUS} vCPUs at most, not {vcpus}: "
+            "give a --kernel"
+        )
 
 
 def _settings(

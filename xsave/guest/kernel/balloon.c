@@ -10,6 +10,7 @@
  * and between two steps holds none.
  */
 #include "balloon.h"
+#include "freezer.h"
 #include "hypercall.h"
 #include "mm.h"
 #include "sched.h"
@@ -151,7 +152,8 @@ static int balloon_thread(void *unused)
 {
 	(void)unused;
 	for (;;) {
-		wait_event(&balloon_waitq, balloon_work() || READ_ONCE(pm_freezing));
+		stack_scrub(end_of_stack(current));
+		wait_event(&balloon_waitq, balloon_work() || freezing());
 		if (balloon_work() && !balloon_step())
 			schedule_timeout(NSEC_PER_SEC);
 		try_to_freeze();

@@ -6,6 +6,7 @@
  * port, which needs neither scheduler nor upcalls. Without a ring, Xen's own log is used.
  */
 #include "console.h"
+#include "device.h"
 #include "events.h"
 #include "hypercall.h"
 #include "mm.h"
@@ -18,6 +19,7 @@
 static volatile struct xencons_interface *ring;
 static u64 ring_pfn;
 static u32 port;
+static struct spinlock console_lock;
 
 static u32 ring_used(void)
 {
@@ -68,12 +70,12 @@ void printk(const char *fmt, ...)
 	__builtin_va_start(args, fmt);
 	n = vsnprintf(line, sizeof(line), fmt, args);
 	__builtin_va_end(args);
-	masked = local_irq_save();
+	masked = spin_lock_irqsave(&console_lock);
 	if (ring)
 		ring_write(line, n);
 	else
 		HYPERVISOR_console_io(line, n);
-	local_irq_restore(masked);
+	spin_unlock_irqrestore(&console_lock, masked);
 }
 
 /* What is typed at this guest is read and dropped: it has no shell. */
@@ -118,6 +120,15 @@ void console_suspend(void)
 			schedule_timeout(NSEC_PER_MSEC);
 	}
 }
+
+/* Its port is bound again with all others, before the first line can be printed. */
+static int console_quiesce(void)
+{
+	console_suspend();
+	return 0;
+}
+
+struct device console_device = { .name = "console", .suspend = console_quiesce };
 
 u64 console_pfn(void)
 {

@@ -9,5 +9,6 @@ void console_remap(void);
 void console_suspend(void);
 void console_resume(void);
 u64 console_pfn(void);
+extern struct device console_device;
 
 #endif

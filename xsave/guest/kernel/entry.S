@@ -76,7 +76,18 @@ xen_event_callback:
 	pushq	$-1
 	SAVE_REGS
 	call	xen_evtchn_do_upcall
-	/* preemption belongs here: schedule() if need_resched and preempt_count == 0 */
+	/*
+	 * Preemption at any instruction: the event has made another thread the one to run, nobody
+	 * down the stack keeps preemption off, and what was interrupted had events on. (It has:
+	 * an upcall comes through no mask. But a trap's handler may take the same way one day.)
+	 */
+	cmpl	$0, %gs:CPU_NEED_RESCHED
+	je	xen_iret
+	cmpl	$0, %gs:CPU_PREEMPT_COUNT
+	jne	xen_iret
+	testl	$EFLAGS_IF, PT_REGS_FLAGS(%rsp)
+	jz	xen_iret
+	call	preempt_schedule_irq
 
 /* Back to where the event or trap came from; the mask returns with rflags.IF, atomically. */
 xen_iret:
@@ -175,6 +186,15 @@ __switch_to_asm:
 	popq	%rbp
 	ZERO_SCRATCH
 	ret
+
+/* A fresh vCPU, on its idle thread's stack. The boot CPU comes in at xen_start. */
+	.globl cpu_bringup
+cpu_bringup:
+	cld
+	xorl	%ebp, %ebp
+	pushq	$0			/* ends every backtrace */
+	call	start_secondary
+	ud2
 
 /* First run of a thread: kthread_run() left kthread_entry's frame. rax = prev. */
 	.globl ret_from_fork

@@ -18,15 +18,21 @@ static struct shared_info dummy_shared_info = {
 };
 struct shared_info *HYPERVISOR_shared_info = &dummy_shared_info;
 
+/* Four ports for each CPU at most, and the two rings'. */
 static struct {
 	u32 port;
+	int cpu;			/* whose event it is: the words of pending bits are shared */
 	void (*handler)(void);
-} actions[8];
+} actions[40];
 
 static void set_shared_info(struct shared_info *shared)
 {
+	struct cpu *cpu = this_cpu();
+
+	/* Until smp.c has a place of its own for it. */
+	if (cpu->vcpu == &HYPERVISOR_shared_info->vcpu_info[0])
+		cpu->vcpu = &shared->vcpu_info[0];
 	HYPERVISOR_shared_info = shared;
-	this_cpu()->vcpu = &shared->vcpu_info[0];
 }
 
 /* Map the page whose machine address start_info gives; the dummy has the mask until then. */
@@ -74,7 +80,7 @@ static void unmask_evtchn(u32 port)
 	HYPERVISOR_event_channel_op(EVTCHNOP_unmask, &port);
 }
 
-void bind_evtchn_to_handler(u32 port, void (*handler)(void))
+static void bind_port(u32 port, int cpu, void (*handler)(void))
 {
 	u32 i;
 
@@ -82,6 +88,7 @@ void bind_evtchn_to_handler(u32 port, void (*handler)(void))
 		if (actions[i].handler)
 			continue;
 		actions[i].port = port;
+		actions[i].cpu = cpu;
 		actions[i].handler = handler;
 		unmask_evtchn(port);
 		return;
@@ -89,8 +96,25 @@ void bind_evtchn_to_handler(u32 port, void (*handler)(void))
 	panic("no room for another event handler");
 }
 
+/* The rings' ports are CPU 0's, as Xen made them. */
+void bind_evtchn_to_handler(u32 port, void (*handler)(void))
+{
+	bind_port(port, 0, handler);
+}
+
+/* A new port by which any CPU can interrupt `cpu`. */
+u32 bind_ipi_to_handler(int cpu, void (*handler)(void))
+{
+	struct evtchn_bind_ipi bind = { .vcpu = cpu };
+
+	if (HYPERVISOR_event_channel_op(EVTCHNOP_bind_ipi, &bind))
+		panic("no IPI to CPU %d", cpu);
+	bind_port(bind.port, cpu, handler);
+	return bind.port;
+}
+
 /* The port `virq` is bound to already: after a resume into the same domain, nothing was lost. */
-static u32 find_virq(u32 virq)
+static u32 find_virq(u32 virq, int cpu)
 {
 	struct evtchn_status status;
 	u32 port;
@@ -101,22 +125,23 @@ static u32 find_virq(u32 virq)
 		status.port = port;
 		if (HYPERVISOR_event_channel_op(EVTCHNOP_status, &status))
 			break;
-		if (status.status == EVTCHNSTAT_virq && status.virq == virq)
+		if (status.status == EVTCHNSTAT_virq && status.virq == virq &&
+		    status.vcpu == (u32)cpu)
 			return port;
 	}
 	panic("virq %u is bound nowhere", virq);
 }
 
-void bind_virq_to_handler(u32 virq, void (*handler)(void))
+void bind_virq_to_handler(u32 virq, int cpu, void (*handler)(void))
 {
-	struct evtchn_bind_virq bind = { .virq = virq, .vcpu = this_cpu()->id };
+	struct evtchn_bind_virq bind = { .virq = virq, .vcpu = cpu };
 	long rc = HYPERVISOR_event_channel_op(EVTCHNOP_bind_virq, &bind);
 
 	if (rc == -XEN_EEXIST)
-		bind.port = find_virq(virq);
+		bind.port = find_virq(virq, cpu);
 	else if (rc)
 		panic("bind_virq %u refused: %ld", virq, rc);
-	bind_evtchn_to_handler(bind.port, handler);
+	bind_port(bind.port, cpu, handler);
 }
 
 /* In a new domain no port of the old one means anything. */
@@ -139,10 +164,14 @@ static void handle_port(u32 port)
 {
 	u32 i;
 
-	clear_evtchn(port);
 	for (i = 0; i < ARRAY_SIZE(actions); i++)
 		if (actions[i].handler && actions[i].port == port)
-			actions[i].handler();
+			break;
+	if (i < ARRAY_SIZE(actions) && actions[i].cpu != this_cpu()->id)
+		return;		/* pending for another CPU, in the same word */
+	clear_evtchn(port);
+	if (i < ARRAY_SIZE(actions))
+		actions[i].handler();
 }
 
 static u64 take(u64 *word)

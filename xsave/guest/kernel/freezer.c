@@ -2,62 +2,99 @@
  * freezer.c - bring every thread to a place where it holds nothing of this host.
  *
  * Freezable threads meet try_to_freeze() in their outermost loop; asleep ones are woken to get
- * there. PF_NOFREEZE threads are those a suspend is made with; they handle no mfn.
+ * there. As in Linux, what runs like a process goes first and kernel threads, which may be
+ * working for it, after that. PF_NOFREEZE threads are those a suspend is made with; they handle
+ * no mfn. A thread that does not come within freeze_timeout= seconds is named, and all is thawed.
  */
-#include "sched.h"
+#include "freezer.h"
 #include "time.h"
 
-#define FREEZE_TIMEOUT (20 * NSEC_PER_SEC)
+#define FREEZE_TIMEOUT 20	/* seconds, unless the command line says otherwise */
 
 int pm_freezing;
+u32 freezing_flags;
+static char failure[160];
 
-/* try_to_freeze() found the flag up. */
+/* What the last freeze failed with, for people. */
+const char *freezer_failure(void)
+{
+	return failure;
+}
+
+/* try_to_freeze() found that it is our turn. */
 noinline void __refrigerator(void)
 {
 	struct task_struct *task = current;
 
-	task->flags |= PF_FROZEN;
-	while (READ_ONCE(pm_freezing)) {
-		task->state = TASK_FROZEN;
+	WRITE_ONCE(task->flags, task->flags | PF_FROZEN);
+	for (;;) {
+		WRITE_ONCE(task->state, TASK_FROZEN);
+		mb();
+		if (!READ_ONCE(pm_freezing))
+			break;
 		schedule();
 	}
-	task->flags &= ~PF_FROZEN;
+	WRITE_ONCE(task->state, TASK_RUNNING);
+	WRITE_ONCE(task->flags, task->flags & ~PF_FROZEN);
+}
+
+static int must_still_freeze(const struct task_struct *task)
+{
+	return !(READ_ONCE(task->flags) & (PF_NOFREEZE | PF_FROZEN)) &&
+	       !(freezing_flags & ~task->flags);
 }
 
 /* Wake what sleeps, so that it comes to try_to_freeze(); returns how many are not there yet. */
-static u32 try_to_freeze_tasks(void)
+static u32 wake_unfrozen(void)
 {
 	struct task_struct *task;
 	u32 todo = 0;
+	int masked = spin_lock_irqsave(&tasklist_lock);
 
 	list_for_each_entry(task, &all_tasks, tasks) {
-		if (task->flags & (PF_NOFREEZE | PF_FROZEN))
+		if (!must_still_freeze(task))
 			continue;
 		todo++;
-		if (task->state == TASK_INTERRUPTIBLE)
+		if (READ_ONCE(task->state) == TASK_INTERRUPTIBLE)
 			wake_up_process(task);
 	}
+	spin_unlock_irqrestore(&tasklist_lock, masked);
 	return todo;
 }
 
-static void show_unfrozen(void)
+/* Linux's line, and all names that fit. */
+static void name_unfrozen(u64 ns, u32 todo)
 {
+	u64 ms = ns / NSEC_PER_MSEC;
 	struct task_struct *task;
+	int masked, used;
 
+	used = snprintf(failure, sizeof(failure),
+			"Freezing of tasks failed after %lu.%03lu seconds "
+			"(%u tasks refusing to freeze):", ms / 1000, ms % 1000, todo);
+	masked = spin_lock_irqsave(&tasklist_lock);
 	list_for_each_entry(task, &all_tasks, tasks)
-		if (!(task->flags & (PF_NOFREEZE | PF_FROZEN)))
-			printk("refuses to freeze: %s (%d)\n", task->comm, task->pid);
+		if (must_still_freeze(task))
+			used += snprintf(failure + used, sizeof(failure) - used, " %s",
+					 task->comm);
+	spin_unlock_irqrestore(&tasklist_lock, masked);
+	printk("%s\n", failure);
 }
 
 /* 0, or -XEN_EBUSY with everything thawed again. */
-int freeze_processes(void)
+static int try_to_freeze_tasks(u32 flags)
 {
-	u64 deadline = ktime_get() + FREEZE_TIMEOUT;
+	u64 timeout = cmdline_number("freeze_timeout", FREEZE_TIMEOUT) * NSEC_PER_SEC;
+	u64 start = ktime_get(), elapsed;
+	u32 todo;
 
+	WRITE_ONCE(freezing_flags, flags);
 	WRITE_ONCE(pm_freezing, 1);
-	while (try_to_freeze_tasks()) {
-		if (ktime_get() > deadline) {
-			show_unfrozen();
+	mb();
+	while ((todo = wake_unfrozen()) != 0) {
+		elapsed = ktime_get() - start;
+		if (elapsed > timeout) {
+			name_unfrozen(elapsed, todo);
 			thaw_processes();
 			return -XEN_EBUSY;
 		}
@@ -66,22 +103,27 @@ int freeze_processes(void)
 	return 0;
 }
 
+int freeze_processes(void)
+{
+	return try_to_freeze_tasks(PF_USER);
+}
+
+/* After freeze_processes(). */
+int freeze_kernel_threads(void)
+{
+	return try_to_freeze_tasks(0);
+}
+
 void thaw_processes(void)
 {
 	struct task_struct *task;
+	int masked;
 
 	WRITE_ONCE(pm_freezing, 0);
+	mb();
+	masked = spin_lock_irqsave(&tasklist_lock);
 	list_for_each_entry(task, &all_tasks, tasks)
-		if (task->state == TASK_FROZEN)
+		if (READ_ONCE(task->state) == TASK_FROZEN)
 			wake_up_process(task);
-}
-
-/* Run fn with nothing else running on any CPU. With one CPU, events off is all it takes. */
-int stop_machine(int (*fn)(void *), void *arg)
-{
-	int masked = local_irq_save();
-	int ret = fn(arg);
-
-	local_irq_restore(masked);
-	return ret;
+	spin_unlock_irqrestore(&tasklist_lock, masked);
 }

@@ -33,14 +33,11 @@ void trap_init(void);
 			panic("BUG at %s:%d: %s", __FILE__, __LINE__, #cond);    \
 	} while (0)
 
-/* gdt.c */
-void gdt_init(void);
-void gdt_check(void);
-
 /* main.c */
 extern struct start_info *xen_start_info;
 const char *cmdline_find(const char *key);
 u64 cmdline_number(const char *key, u64 otherwise);
+int cmdline_is(const char *key, const char *value);
 
 /* Doubly linked list, the head being an element of it. */
 struct list_head {

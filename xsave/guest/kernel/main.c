@@ -5,12 +5,16 @@
  * is there, what the builder made is reached at VIRT_BASE + pfn * 4096.
  */
 #include "console.h"
+#include "device.h"
 #include "events.h"
+#include "gdt.h"
 #include "hypercall.h"
 #include "mm.h"
+#include "misbehave.h"
 #include "mmtest.h"
 #include "pattern.h"
 #include "sched.h"
+#include "smp.h"
 #include "suspend.h"
 #include "time.h"
 #include "xenbus.h"
@@ -18,7 +22,6 @@
 #define RESERVED_PAGES 256	/* stacks, the p2m tree, and air */
 
 struct start_info *xen_start_info;
-static struct cpu cpu0;
 
 /* The text behind "key=" on the command line, or NULL. */
 const char *cmdline_find(const char *key)
@@ -44,12 +47,13 @@ u64 cmdline_number(const char *key, u64 otherwise)
 	return text ? memparse(text, NULL) : otherwise;
 }
 
-/* Before anything asks for this_cpu(): with events masked in the dummy shared_info. */
-static void cpu_init(void)
+/* Whether the command line has key=value, as a word. */
+int cmdline_is(const char *key, const char *value)
 {
-	cpu0.self = &cpu0;
-	cpu0.vcpu = &HYPERVISOR_shared_info->vcpu_info[0];
-	HYPERVISOR_set_segment_base(SEGBASE_GS_KERNEL, (u64)&cpu0);
+	const char *text = cmdline_find(key);
+	u64 len = strlen(value);
+
+	return text && !strncmp(text, value, len) && (!text[len] || text[len] == ' ');
 }
 
 static noinline void iopl_init(void)
@@ -83,8 +87,11 @@ static void start_threads(void)
 
 	if (xenbus_init() == 0)
 		BUG_ON(!kthread_run(setup_shutdown_watcher, NULL, PF_NOFREEZE, "init"));
+	stop_machine_init();
 	BUG_ON(!kthread_run(ticker_thread, NULL, 0, "ticker"));
-	BUG_ON(!kthread_run(checker_thread, NULL, 0, "checker"));
+	BUG_ON(!kthread_run_on(&cpu_data[nr_cpus - 1], PRIO_NORMAL, checker_thread, NULL, 0,
+			       "checker"));
+	misbehave_start();
 	started = mmtest_start(wanted);
 	printk("%d threads make and destroy address spaces\n", started);
 }
@@ -92,6 +99,7 @@ static void start_threads(void)
 noreturn void start_kernel(struct start_info *si)
 {
 	u64 pattern_pages;
+	struct cpu *cpu;
 
 	xen_start_info = si;
 	p2m_use_boot_list((u64 *)si->mfn_list);
@@ -109,8 +117,13 @@ noreturn void start_kernel(struct start_info *si)
 	p2m_init();
 	publish_mfn_list_list(HYPERVISOR_shared_info);
 	HYPERVISOR_stack_switch(FLAT_RING3_SS64, (u64)current + THREAD_SIZE);
+	smp_init();
 	time_init();
+	for_each_online_cpu(cpu)
+		bind_ipis(cpu);
 	console_resume();
+	device_register(&xenbus_device);
+	device_register(&console_device);
 	pattern_init(max_pfn - pattern_pages, pattern_pages);
 	start_threads();
 	printk("%lu pages free\n", nr_free_pages());

@@ -6,9 +6,13 @@
  * except in page tables, the p2m list and the p2m's list tree. These are what a toolstack
  * rewrites on restore; an mfn anywhere else would be a wild pointer on the next host. Hence:
  *  - code that handles mfns or ptes is noinline and below the threads' outermost functions;
- *  - requests to Xen are built in static buffers and zeroed afterwards;
+ *  - requests to Xen are built in static buffers and zeroed afterwards, with preemption off;
  *  - freed page tables are zeroed; dead stack is zeroed on every thread switch (entry.S);
- *  - nothing is decided, printed or ordered by an mfn.
+ *  - nothing is decided, printed or ordered by an mfn;
+ *  - no thread sleeps, and none meets cond_resched(), with an mfn or a pte in its hands.
+ * But a pte under way is in registers, and with preempt=full any instruction can be the one at
+ * which its thread loses the CPU for long: the law then holds again when the function is through.
+ * That is what the freezer waits for.
  */
 #ifndef XSAVE_GUEST_MM_H
 #define XSAVE_GUEST_MM_H
@@ -94,6 +98,12 @@ static inline u64 make_pte(u64 pfn, u64 flags)
 	return pfn_to_mfn(pfn) << PAGE_SHIFT | flags;
 }
 
+/* The same frame, other flags. */
+static inline u64 pte_modify(u64 pte, u64 flags)
+{
+	return (pte & PTE_PFN_MASK) | flags;
+}
+
 static inline u64 pte_pfn(u64 pte)
 {
 	return mfn_to_pfn((pte & PTE_PFN_MASK) >> PAGE_SHIFT);
@@ -124,6 +134,7 @@ void publish_mfn_list_list(struct shared_info *shared);
 struct mm_struct {
 	u64 *pgd;		/* L4, in the direct map */
 	int pinned;		/* Xen has typed and pinned it: no direct stores any more */
+	int pinning;		/* mm_pin() is under way: tables go read-only, one by one */
 	int pinned_for_suspend;	/* by mm_pin_all(), to be undone */
 	struct list_head mmlist;
 };
@@ -136,6 +147,7 @@ void make_page_readwrite(const void *page);
 void queue_mmu_update(const u64 *entry, u64 pte);
 void flush_mmu_updates(void);
 void set_entry(struct mm_struct *mm, u64 *entry, u64 pte);
+void change_protection(struct mm_struct *mm, u64 va, u64 flags);
 u64 *pte_lookup(struct mm_struct *mm, u64 va);
 u64 *pte_alloc(struct mm_struct *mm, u64 va);
 void load_cr3(struct mm_struct *mm);

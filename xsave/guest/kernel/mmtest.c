@@ -1,11 +1,12 @@
 /*
- * mmtest.c - the workload: threads=N threads, each making an address space, running in it,
- * changing it by every path Xen offers, and destroying it, for ever.
+ * mmtest.c - the workload: threads=N threads, spread over the CPUs, each making an address space,
+ * running in it, changing it by every path Xen offers, and destroying it, for ever.
  *
  * One life is a row of steps with a sleep between them. A thread can be frozen in any of these
  * sleeps, so a suspend meets address spaces that are half built and not pinned, pinned and
  * running, shuffled, and half torn down. Each step checks what the ones before it did.
  */
+#include "freezer.h"
 #include "hypercall.h"
 #include "mm.h"
 #include "mmtest.h"
@@ -220,6 +221,26 @@ static noinline void step_update_va(struct user_space *us)
 	update_slot(us, b, PAGE_USER_DATA);
 }
 
+/* A slot read-only and back, by its pte: plain memory or mmu_update, as the tables are now. */
+static noinline void step_protect(struct user_space *us)
+{
+	static struct mmuext_op flush = { .cmd = MMUEXT_TLB_FLUSH_LOCAL };
+	u32 slot;
+
+	if (!us->mm.pgd || !us->nr)
+		return;
+	us->random = hash64(us->random + 1);
+	slot = us->random % us->nr;
+	change_protection(&us->mm, slot_va(slot), PAGE_USER_DATA & ~_PAGE_RW);
+	if (current->mm) {
+		HYPERVISOR_mmuext_op(&flush, 1);
+		check_page(us, (u64 *)slot_va(slot), us->content[slot]);
+	}
+	change_protection(&us->mm, slot_va(slot), PAGE_USER_DATA);
+	if (current->mm)
+		HYPERVISOR_mmuext_op(&flush, 1);
+}
+
 /* New tables in a pinned address space. */
 static noinline void step_grow(struct user_space *us)
 {
@@ -289,9 +310,10 @@ static noinline void step_destroy(struct user_space *us)
 }
 
 static void (*const life[])(struct user_space *us) = {
-	step_create, step_map, step_map, step_walk, step_pin, step_activate, step_check,
-	step_touch, step_map, step_shuffle, step_check, step_update_va, step_grow, step_check,
-	step_walk, step_deactivate, step_unpin, step_walk, step_unmap, step_destroy,
+	step_create, step_map, step_map, step_walk, step_protect, step_pin, step_activate,
+	step_check, step_touch, step_map, step_shuffle, step_check, step_update_va, step_protect,
+	step_grow, step_check, step_walk, step_deactivate, step_unpin, step_walk, step_unmap,
+	step_destroy,
 };
 
 /* The outermost function: what it holds is in the image, so it holds no mfn. */
@@ -303,8 +325,7 @@ static int mmtest_thread(void *arg)
 	for (step = 0;; step = (step + 1) % ARRAY_SIZE(life)) {
 		life[step](us);
 		us->random = hash64(us->random + 1);
-		schedule_timeout((10 + us->random % 30) * NSEC_PER_MSEC);
-		try_to_freeze();
+		freezable_schedule_timeout((10 + us->random % 30) * NSEC_PER_MSEC);
 	}
 	return 0;
 }
@@ -323,7 +344,8 @@ int mmtest_start(u32 nr_threads)
 		us->random = hash64(i);
 		us->life = (u64)i << 32;
 		snprintf(name, sizeof(name), "mmtest/%u", i);
-		if (!kthread_run(mmtest_thread, us, 0, name))
+		if (!kthread_run_on(&cpu_data[i % nr_cpus], PRIO_NORMAL, mmtest_thread, us,
+				    PF_USER, name))
 			break;
 	}
 	return i;

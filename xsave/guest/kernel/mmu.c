@@ -9,35 +9,44 @@
 #include "mm.h"
 #include "sched.h"
 
-static struct {
+static struct mmu_batch {
 	struct mmu_update req[64];
 	u32 count;
-} batch;
+} batches[NR_CPUS];
 
 __pgtable void flush_mmu_updates(void)
 {
-	u32 count = batch.count;
+	struct mmu_batch *batch = &batches[this_cpu()->id];
+	u32 count = batch->count;
 
 	if (!count)
 		return;
-	if (HYPERVISOR_mmu_update(batch.req, count))
+	if (HYPERVISOR_mmu_update(batch->req, count))
 		panic("mmu_update of %u entries refused", count);
-	memset(batch.req, 0, count * sizeof(batch.req[0]));
-	batch.count = 0;
+	memset(batch->req, 0, count * sizeof(batch->req[0]));
+	batch->count = 0;
 }
 
-/* Remember a change; it happens with flush_mmu_updates(). The caller keeps preemption off. */
+/*
+ * Remember a change; it happens with flush_mmu_updates(). The batch is this CPU's: the caller
+ * keeps preemption off from the first of them to the flush.
+ */
 __pgtable void queue_mmu_update(const u64 *entry, u64 pte)
 {
-	struct mmu_update *req = &batch.req[batch.count++];
+	struct mmu_batch *batch = &batches[this_cpu()->id];
+	struct mmu_update *req = &batch->req[batch->count++];
 
 	req->ptr = virt_to_machine(entry) | MMU_NORMAL_PT_UPDATE;
 	req->val = pte;
-	if (batch.count == ARRAY_SIZE(batch.req))
+	if (batch->count == ARRAY_SIZE(batch->req))
 		flush_mmu_updates();
 }
 
-/* Change one entry of a table of `mm`, by the path its state asks for. */
+/*
+ * Change one entry of a table of `mm`, by the path its state asks for. The pte was made by the
+ * caller and came here in a register, as in Linux: where a thread can be preempted, it can be
+ * preempted with that mfn in its hands.
+ */
 __pgtable void set_entry(struct mm_struct *mm, u64 *entry, u64 pte)
 {
 	if (!mm->pinned) {
@@ -50,11 +59,21 @@ __pgtable void set_entry(struct mm_struct *mm, u64 *entry, u64 pte)
 	preempt_enable();
 }
 
+/* Other permissions for the page at `va`: read the pte, modify it, write it back. */
+__pgtable void change_protection(struct mm_struct *mm, u64 va, u64 flags)
+{
+	u64 *entry = pte_lookup(mm, va);
+
+	if (entry)
+		set_entry(mm, entry, pte_modify(READ_ONCE(*entry), flags));
+}
+
+/* In the direct map, which every CPU uses: none may go on with an old translation. */
 static __pgtable void protect_page(const void *page, u64 flags)
 {
 	u64 pte = make_pte(virt_to_pfn(page), flags);
 
-	if (HYPERVISOR_update_va_mapping((u64)page, pte, UVMF_INVLPG))
+	if (HYPERVISOR_update_va_mapping((u64)page, pte, UVMF_INVLPG | UVMF_ALL))
 		panic("update_va_mapping of %p refused", page);
 }
 

@@ -11,6 +11,7 @@ struct free_page {
 	struct free_page *next;
 };
 
+static struct spinlock zone_lock;
 static struct free_page *free_list;
 static u64 nr_listed, unused_pfn, end_of_pages;
 
@@ -30,13 +31,14 @@ void *alloc_pages_contiguous(u32 nr)
 {
 	void *page = NULL;
 
-	preempt_disable();
+	spin_lock(&zone_lock);
 	if (end_of_pages - unused_pfn >= nr) {
 		page = pfn_to_virt(unused_pfn);
 		unused_pfn += nr;
-		memset(page, 0, nr * PAGE_SIZE);
 	}
-	preempt_enable();
+	spin_unlock(&zone_lock);
+	if (page)
+		memset(page, 0, nr * PAGE_SIZE);
 	return page;
 }
 
@@ -45,14 +47,14 @@ void *alloc_page(void)
 {
 	struct free_page *page;
 
-	preempt_disable();
+	spin_lock(&zone_lock);
 	page = free_list;
 	if (page) {
 		free_list = page->next;
 		page->next = NULL;
 		nr_listed--;
 	}
-	preempt_enable();
+	spin_unlock(&zone_lock);
 	return page ? page : alloc_pages_contiguous(1);
 }
 
@@ -61,9 +63,9 @@ void free_page(void *ptr)
 	struct free_page *page = ptr;
 
 	memset(page, 0, PAGE_SIZE);
-	preempt_disable();
+	spin_lock(&zone_lock);
 	page->next = free_list;
 	free_list = page;
 	nr_listed++;
-	preempt_enable();
+	spin_unlock(&zone_lock);
 }

@@ -6,6 +6,8 @@
  * does. The ticker hashes the first of them once a second and prints the hash, which therefore
  * never changes; the checker goes round all of them, check=PAGES each second.
  */
+#include "freezer.h"
+#include "gdt.h"
 #include "mm.h"
 #include "pattern.h"
 #include "sched.h"
@@ -135,8 +137,8 @@ int ticker_thread(void *unused)
 		if (hash != first)
 			check_failed("tick", n);
 		gdt_check();
-		for (next += NSEC_PER_SEC; ktime_get() < next; try_to_freeze())
-			sleep_until(next);
+		for (next += NSEC_PER_SEC; ktime_get() < next;)
+			freezable_sleep_until(next);
 		next = max(next, ktime_get());
 	}
 	return 0;
@@ -153,8 +155,7 @@ int checker_thread(void *unused)
 				check_failed("pattern page, pfn", first_pfn + at);
 			cond_resched();
 		}
-		schedule_timeout(NSEC_PER_SEC / CHECKS_PER_SECOND);
-		try_to_freeze();
+		freezable_schedule_timeout(NSEC_PER_SEC / CHECKS_PER_SECOND);
 	}
 	return 0;
 }

@@ -1,119 +1,42 @@
 /*
- * sched.c - the scheduler: one runqueue, first in first out, switching at schedule() only.
+ * sched.c - the scheduler: a runqueue per CPU, the highest priority first, equals in turn.
  *
- * A thread runs until it sleeps or meets cond_resched() after a timer tick has set need_resched.
- * Preemption at any instruction needs one more call of schedule(), on the way out of an event
- * (entry.S): all that must not be interrupted so is between preempt_disable() and _enable().
+ * A thread leaves the CPU when it sleeps; when, with preempt=voluntary, it meets cond_resched();
+ * and with preempt=full wherever an event finds it, unless it is between preempt_disable() and
+ * _enable(). In each case something must have set need_resched: a tick while an equal waits, or
+ * the waking of a thread of higher priority.
  */
 #include "hypercall.h"
 #include "mm.h"
 #include "sched.h"
+#include "smp.h"
 #include "time.h"
 
 extern char init_stack[];
 
-struct list_head all_tasks = LIST_HEAD_INIT(all_tasks);
-static int next_pid = 1;
+u32 preempt_model = PREEMPT_FULL;
 
-/* For whoever looks at this kernel from outside (sched.h says what each is). */
-const u64 xsave_task_layout[] __attribute__((used)) = {
-	offsetof(struct task_struct, comm),
-	offsetof(struct task_struct, sp),
-	offsetof(struct task_struct, state),
-	offsetof(struct task_struct, flags),
-	offsetof(struct task_struct, tasks),
-	THREAD_SIZE,
-	TASK_STRUCT_SIZE,
-	offsetof(struct cpu, curr),
-};
-
-static void *free_stacks;	/* blocks of dead threads, linked by their first word */
-
-static struct task_struct *init_task(void *block, const char *name, u32 flags)
+void sched_init_cpu(struct cpu *cpu)
 {
-	struct task_struct *task = block;
+	int prio;
 
-	snprintf(task->comm, sizeof(task->comm), "%s", name);
-	task->flags = flags;
-	task->state = TASK_RUNNING;
-	task->magic = STACK_END_MAGIC;
-	INIT_LIST_HEAD(&task->run_list);
-	INIT_LIST_HEAD(&task->wait);
-	list_add_tail(&task->tasks, &all_tasks);
-	return task;
+	for (prio = 0; prio < NR_PRIOS; prio++)
+		INIT_LIST_HEAD(&cpu->rq.queue[prio]);
+	INIT_LIST_HEAD(&cpu->rq.sleepers);
+	cpu->active_mm = &init_mm;
 }
 
-/* The thread that booted becomes CPU 0's idle thread (pid 0). */
+/* The thread that booted becomes CPU 0's idle thread. */
 void sched_init(void)
 {
 	struct cpu *cpu = this_cpu();
 
-	INIT_LIST_HEAD(&cpu->runqueue);
-	cpu->idle = cpu->curr = init_task(init_stack, "swapper", PF_NOFREEZE | PF_IDLE);
-	cpu->active_mm = &init_mm;
-}
-
-static void *alloc_thread(void)
-{
-	void *block;
-
-	preempt_disable();
-	block = free_stacks;
-	if (block) {
-		free_stacks = *(void **)block;
-		*(void **)block = NULL;
-	}
-	preempt_enable();
-	return block ? block : alloc_pages_contiguous(THREAD_PAGES);
-}
-
-/* Start a kernel thread; NULL when there is no memory for it. */
-struct task_struct *kthread_run(int (*fn)(void *), void *arg, u32 flags, const char *name)
-{
-	struct task_struct *task = alloc_thread();
-	u64 *sp;
-	int masked;
-
-	if (!task)
-		return NULL;
-	masked = local_irq_save();
-	init_task(task, name, flags);
-	task->pid = next_pid++;
-	task->fn = fn;
-	task->arg = arg;
-	/* What __switch_to_asm pops: six registers of zero, and where to return to. */
-	sp = (u64 *)((char *)task + THREAD_SIZE) - 2;
-	*--sp = (u64)ret_from_fork;
-	task->sp = (u64)(sp - 6);
-	list_add_tail(&task->run_list, &this_cpu()->runqueue);
-	local_irq_restore(masked);
-	return task;
-}
-
-/* Called by every thread as its first act after it was switched to. */
-void finish_switch(struct task_struct *prev)
-{
-	if (prev->state != TASK_DEAD)
-		return;
-	list_del_init(&prev->tasks);
-	memset(prev, 0, THREAD_SIZE);
-	*(void **)prev = free_stacks;
-	free_stacks = prev;
-}
-
-/* entry.S, ret_from_fork */
-noreturn void kthread_entry(struct task_struct *prev)
-{
-	struct task_struct *task;
-
-	finish_switch(prev);
-	local_irq_enable();
-	task = current;
-	task->fn(task->arg);
-	local_irq_disable();
-	task->state = TASK_DEAD;
-	schedule();
-	panic("a dead thread ran");
+	if (cmdline_is("preempt", "none"))
+		preempt_model = PREEMPT_NONE;
+	else if (cmdline_is("preempt", "voluntary"))
+		preempt_model = PREEMPT_VOLUNTARY;
+	sched_init_cpu(cpu);
+	cpu->curr = idle_init(cpu, init_stack);
 }
 
 /* The kernel stack Xen would use on entry from user mode, and the address space, change first. */
@@ -121,65 +44,191 @@ static void context_switch(struct task_struct *prev, struct task_struct *next)
 {
 	switch_mm(next->mm ? next->mm : &init_mm);
 	HYPERVISOR_stack_switch(FLAT_RING3_SS64, (u64)next + THREAD_SIZE);
-	this_cpu()->curr = next;
 	finish_switch(__switch_to_asm(prev, next));
 }
 
-/* Give the CPU to the next runnable thread; the idle thread runs when there is none. */
-void schedule(void)
+static struct task_struct *pick_next_task(struct cpu *cpu)
+{
+	struct list_head *queue;
+	struct task_struct *next;
+	int prio;
+
+	for (prio = NR_PRIOS - 1; prio >= 0; prio--) {
+		queue = &cpu->rq.queue[prio];
+		if (list_empty(queue))
+			continue;
+		next = container_of(queue->next, struct task_struct, run_list);
+		list_del_init(&next->run_list);
+		return next;
+	}
+	return cpu->idle;
+}
+
+/*
+ * Give the CPU to whoever is to run; the idle thread runs when there is none. Events masked.
+ * A preempted thread stays runnable in any state: it may have been on its way to sleep, and the
+ * condition it sleeps on may be true already.
+ */
+static void __schedule(int preempted)
 {
 	struct cpu *cpu = this_cpu();
-	struct task_struct *prev = cpu->curr, *next = cpu->idle;
-	int masked = local_irq_save();
+	struct task_struct *prev = cpu->curr, *next;
 
 	BUG_ON(cpu->preempt_count);
 	BUG_ON(prev->magic != STACK_END_MAGIC);
+	spin_lock(&cpu->rq.lock);
 	cpu->need_resched = 0;
-	if (prev->state == TASK_RUNNING && prev != cpu->idle)
-		list_add_tail(&prev->run_list, &cpu->runqueue);
-	if (!list_empty(&cpu->runqueue)) {
-		next = container_of(cpu->runqueue.next, struct task_struct, run_list);
-		list_del_init(&next->run_list);
-	}
+	if (!preempted && prev->state != TASK_RUNNING)
+		prev->on_rq = 0;
+	else if (prev != cpu->idle)
+		list_add_tail(&prev->run_list, &cpu->rq.queue[prev->prio]);
+	/* Under the lock: a waker on another CPU looks whom it has to displace. */
+	next = cpu->curr = pick_next_task(cpu);
+	cpu->rq.nr_switches += next != prev;
+	spin_unlock(&cpu->rq.lock);
 	if (next != cpu->idle)
 		program_timer(1);
 	if (next != prev)
 		context_switch(prev, next);
+}
+
+void schedule(void)
+{
+	int masked = local_irq_save();
+
+	__schedule(0);
 	local_irq_restore(masked);
+}
+
+/* entry.S: on the way out of an event, on the stack of what it interrupted. Events masked. */
+void preempt_schedule_irq(void)
+{
+	if (preempt_model == PREEMPT_FULL && current != this_cpu()->idle)
+		__schedule(1);
+}
+
+/* preempt_enable(): an event came meanwhile, or a wake-up, and had to leave the thread be. */
+void preempt_schedule(void)
+{
+	if (preempt_model != PREEMPT_FULL || irqs_disabled() || current == this_cpu()->idle)
+		return;
+	local_irq_disable();
+	__schedule(1);
+	local_irq_enable();
+}
+
+/* A place to be preempted at, of one's own will. */
+void cond_resched(void)
+{
+	if (preempt_model == PREEMPT_NONE || !READ_ONCE(this_cpu()->need_resched))
+		return;
+	local_irq_disable();
+	__schedule(1);
+	local_irq_enable();
+}
+
+/* With the lock of the task's runqueue, and events masked. */
+static void resched_task_of(struct cpu *cpu)
+{
+	cpu->need_resched = 1;
+	if (cpu != this_cpu())
+		smp_send_reschedule(cpu);
+}
+
+static void enqueue_task(struct cpu *cpu, struct task_struct *task)
+{
+	task->on_rq = 1;
+	list_add_tail(&task->run_list, &cpu->rq.queue[task->prio]);
+	if (cpu->curr == cpu->idle || task->prio > cpu->curr->prio)
+		resched_task_of(cpu);
+}
+
+static void wake_up_locked(struct cpu *cpu, struct task_struct *task)
+{
+	if (task->state == TASK_RUNNING || task->state == TASK_DEAD)
+		return;
+	task->state = TASK_RUNNING;
+	task->wake_at = 0;
+	list_del_init(&task->sleep_list);
+	if (!task->on_rq)
+		enqueue_task(cpu, task);
+}
+
+/* A new thread. */
+void activate_task(struct task_struct *task)
+{
+	struct cpu *cpu = task->cpu;
+	int masked = spin_lock_irqsave(&cpu->rq.lock);
+
+	enqueue_task(cpu, task);
+	spin_unlock_irqrestore(&cpu->rq.lock, masked);
 }
 
 void wake_up_process(struct task_struct *task)
 {
-	int masked = local_irq_save();
+	struct cpu *cpu = task->cpu;
+	int masked = spin_lock_irqsave(&cpu->rq.lock);
 
-	if (task->state != TASK_RUNNING && task->state != TASK_DEAD) {
-		task->state = TASK_RUNNING;
-		task->wake_at = 0;
-		if (task != current)
-			list_add_tail(&task->run_list, &this_cpu()->runqueue);
-	}
-	local_irq_restore(masked);
+	wake_up_locked(cpu, task);
+	spin_unlock_irqrestore(&cpu->rq.lock, masked);
 }
 
-/* The earliest ktime a sleeping thread wants to be woken at; 0: none does. Events masked. */
+/* Sleep until the clock shows `ktime`, or the freezer wakes us before. */
+void sleep_until(u64 ktime)
+{
+	struct cpu *cpu = this_cpu();
+	struct task_struct *task = current;
+	int masked = spin_lock_irqsave(&cpu->rq.lock);
+
+	task->state = TASK_INTERRUPTIBLE;
+	task->wake_at = ktime;
+	list_add_tail(&task->sleep_list, &cpu->rq.sleepers);
+	spin_unlock_irqrestore(&cpu->rq.lock, masked);
+	schedule();
+}
+
+/* The earliest ktime a thread of this CPU wants to be woken at; 0: none does. Events masked. */
 u64 next_wakeup(void)
 {
+	struct runqueue *rq = &this_cpu()->rq;
 	struct task_struct *task;
 	u64 first = 0;
 
-	list_for_each_entry(task, &all_tasks, tasks)
-		if (task->wake_at && (!first || task->wake_at < first))
+	spin_lock(&rq->lock);
+	list_for_each_entry(task, &rq->sleepers, sleep_list)
+		if (!first || task->wake_at < first)
 			first = task->wake_at;
+	spin_unlock(&rq->lock);
 	return first;
 }
 
-void wake_expired_sleepers(u64 now)
+/* The timer event: wake who slept until now, and let equals take turns. */
+void sched_tick(u64 now)
 {
+	struct cpu *cpu = this_cpu();
+	struct list_head *at, *next;
 	struct task_struct *task;
 
-	list_for_each_entry(task, &all_tasks, tasks)
-		if (task->wake_at && task->wake_at <= now)
-			wake_up_process(task);
+	spin_lock(&cpu->rq.lock);
+	for (at = cpu->rq.sleepers.next; at != &cpu->rq.sleepers; at = next) {
+		next = at->next;
+		task = container_of(at, struct task_struct, sleep_list);
+		if (task->wake_at <= now)
+			wake_up_locked(cpu, task);
+	}
+	if (cpu->curr != cpu->idle && !list_empty(&cpu->rq.queue[cpu->curr->prio]))
+		cpu->need_resched = 1;
+	spin_unlock(&cpu->rq.lock);
+}
+
+u64 nr_context_switches(void)
+{
+	struct cpu *cpu;
+	u64 sum = 0;
+
+	for_each_online_cpu(cpu)
+		sum += READ_ONCE(cpu->rq.nr_switches);
+	return sum;
 }
 
 /*
@@ -193,11 +242,20 @@ noreturn void cpu_idle(void)
 	stack_scrub(end_of_stack(cpu->idle));
 	for (;;) {
 		local_irq_disable();
-		if (list_empty(&cpu->runqueue)) {
+		if (!READ_ONCE(cpu->need_resched)) {
 			program_timer(0);
 			HYPERVISOR_sched_op(SCHEDOP_block, NULL);
 		}
 		local_irq_enable();
 		schedule();
 	}
+}
+
+/* Somebody on another CPU has the lock. All CPUs may share one real one: let that one run. */
+noinline void spin_lock_contended(struct spinlock *lock)
+{
+	BUG_ON(READ_ONCE(lock->owner) == (u32)this_cpu()->id + 1);
+	do
+		HYPERVISOR_sched_op(SCHEDOP_yield, NULL);
+	while (READ_ONCE(lock->owner) || !spin_trylock_once(lock));
 }

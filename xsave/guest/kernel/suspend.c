@@ -1,24 +1,31 @@
 /*
- * suspend.c - to sleep on this host, to wake on any.
+ * suspend.c - to sleep on this host, to wake on any. Linux's names, in Linux's order:
  *
- *     freeze_processes      no thread holds an mfn any more
- *     console, xs_suspend   quiesce: nothing half said to the far ends
- *     stop_machine
- *       pre_suspend         pin every address space, store and console mfn -> pfn in start_info,
+ *     freeze_processes, freeze_kernel_threads    no thread holds an mfn any more
+ *     dpm_suspend           quiesce the devices: nothing half said to the far ends
+ *     stop_machine          every CPU in migration/N, events masked; on CPU 0:
+ *       xen_pre_suspend     pin every address space, store and console mfn -> pfn in start_info,
  *                           shared_info unmapped (it belongs to the host)
  *       HYPERVISOR_suspend  1: cancelled, or saved with --leave-running; same domain goes on
  *                           0: a new domain, with new frames, ports and a new shared_info
- *       post_suspend        the mirror image
- *     and back up.
+ *       xen_post_suspend    the mirror image, and each vCPU's vcpu_info in its place
+ *     on_each_cpu(tick_resume), dpm_resume, thaw_processes
+ *
+ * freezer=off and stop_machine=off leave a step out, to show what it is good for.
  */
 #include "console.h"
+#include "device.h"
 #include "events.h"
+#include "freezer.h"
 #include "hypercall.h"
 #include "mm.h"
-#include "sched.h"
+#include "smp.h"
 #include "suspend.h"
 #include "time.h"
 #include "xenbus.h"
+
+#define ERROR_NODE "error/suspend"
+#define STOPPED_TURNS 3
 
 /* The mfns of start_info become pfns: the toolstack puts the new mfns there. */
 static noinline void xen_pre_suspend(void)
@@ -37,6 +44,8 @@ static noinline void xen_post_suspend(int cancelled)
 	if (cancelled) {
 		xen_start_info->store_mfn = pfn_to_mfn(store_pfn());
 		xen_start_info->console_mfn = pfn_to_mfn(console_pfn());
+	} else {
+		xen_vcpu_restore();
 	}
 	mm_unpin_all();
 }
@@ -44,18 +53,22 @@ static noinline void xen_post_suspend(int cancelled)
 /* Bind what this kernel listens to anew; xenbus does its own part in xs_resume(). */
 static void irq_resume(void)
 {
+	struct cpu *cpu;
+
 	unbind_all_handlers();
 	time_resume();
+	for_each_online_cpu(cpu)
+		bind_ipis(cpu);
 	console_resume();
 }
 
-/* Under stop_machine(). The one thread that runs is this one, on init_mm's tables. */
+/* On CPU 0, events masked, on init_mm's tables; with nothing else running under stop_machine(). */
 static noinline int xen_suspend(void *data)
 {
 	static struct sched_shutdown arg = { SHUTDOWN_suspend };
 	int *cancelled = data;
 
-	BUG_ON(this_cpu()->active_mm != &init_mm);
+	BUG_ON(this_cpu()->id || this_cpu()->active_mm != &init_mm);
 	timekeeping_suspend();
 	xen_pre_suspend();
 	*cancelled = HYPERVISOR_suspend(&arg,
@@ -70,27 +83,78 @@ static noinline int xen_suspend(void *data)
 	return 0;
 }
 
+/* The other CPUs get turns, and do nothing with them. */
+static noinline int xen_suspend_stopped(void *data)
+{
+	u64 before = nr_context_switches();
+	int turn, rc;
+
+	for (turn = 0; nr_cpus > 1 && turn < STOPPED_TURNS; turn++)
+		HYPERVISOR_sched_op(SCHEDOP_yield, NULL);
+	rc = xen_suspend(data);
+	for (turn = 0; nr_cpus > 1 && turn < STOPPED_TURNS; turn++)
+		HYPERVISOR_sched_op(SCHEDOP_yield, NULL);
+	BUG_ON(nr_context_switches() != before);
+	return rc;
+}
+
+static noinline void suspend_unstopped(int *cancelled)
+{
+	int masked = local_irq_save();
+
+	xen_suspend(cancelled);
+	local_irq_restore(masked);
+}
+
 /* The frames from here down to the hypercall stand on a zeroed stack: their unused slots show
  * nothing of what this thread did before. */
+static noinline void enter_suspend(int *cancelled)
+{
+	stack_scrub(end_of_stack(current));
+	if (cmdline_is("stop_machine", "off"))
+		suspend_unstopped(cancelled);
+	else
+		stop_machine(xen_suspend_stopped, cancelled);
+}
+
+/* 0, or an error with everything thawed. */
+static int freeze_all(void)
+{
+	int rc = freeze_processes();
+
+	return rc ? rc : freeze_kernel_threads();
+}
+
+/* Tell the toolstack, so that it need not wait for its time-out. */
+static void suspend_failed(const char *why)
+{
+	printk("SUSPEND failed: %s\n", why);
+	xs_write(0, ERROR_NODE, why);
+}
+
 noinline void do_suspend(void)
 {
-	int cancelled = 1;
+	int freezer = !cmdline_is("freezer", "off"), cancelled = 1;
 
 	printk("SUSPEND\n");
-	if (freeze_processes()) {
-		printk("SUSPEND failed: threads refuse to freeze\n");
+	xs_rm(0, ERROR_NODE);
+	if (freezer && freeze_all()) {
+		suspend_failed(freezer_failure());
 		return;
 	}
-	console_suspend();
-	xs_suspend();
-	stack_scrub(end_of_stack(current));
-	stop_machine(xen_suspend, &cancelled);
+	if (dpm_suspend()) {
+		if (freezer)
+			thaw_processes();
+		suspend_failed("a device does not suspend");
+		return;
+	}
+	enter_suspend(&cancelled);
 	printk("RESUME %s\n", cancelled ? "cancelled" : "new");
-	if (cancelled)
-		xs_suspend_cancel();
-	else
-		xs_resume();
-	thaw_processes();
+	if (!cancelled)
+		on_each_cpu(tick_resume);
+	dpm_resume(cancelled);
+	if (freezer)
+		thaw_processes();
 	if (!cancelled)
 		advertise_shutdown_features();
 }

@@ -92,8 +92,7 @@ static void timer_interrupt(void)
 	struct cpu *cpu = this_cpu();
 
 	cpu->armed_at = 0;
-	wake_expired_sleepers(ktime_get());
-	cpu->need_resched = 1;
+	sched_tick(ktime_get());
 	if (cpu->curr != cpu->idle)
 		program_timer(1);
 }
@@ -108,7 +107,19 @@ void time_init(void)
 /* A new domain has no VIRQ bound. */
 void time_resume(void)
 {
-	bind_virq_to_handler(VIRQ_TIMER, timer_interrupt);
+	struct cpu *cpu;
+
+	for_each_online_cpu(cpu)
+		bind_virq_to_handler(VIRQ_TIMER, cpu->id, timer_interrupt);
+}
+
+/* On each CPU: Xen has forgotten what this vCPU's timer was set to. Events masked. */
+void tick_resume(void)
+{
+	struct cpu *cpu = this_cpu();
+
+	cpu->armed_at = 0;
+	program_timer(cpu->curr != cpu->idle);
 }
 
 void timekeeping_suspend(void)

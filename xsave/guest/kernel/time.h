@@ -6,6 +6,7 @@
 
 void time_init(void);
 void time_resume(void);
+void tick_resume(void);
 u64 ktime_get(void);
 u64 ktime_to_system_time(u64 ktime);
 void program_timer(int running);

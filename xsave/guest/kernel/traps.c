@@ -93,6 +93,15 @@ noreturn void bad_syscall(void)
 	panic("a system call, and nobody to make one");
 }
 
+/* For a vCPU's first context, where the vector is the index. */
+void trap_copy_table(struct trap_info *table)
+{
+	const struct trap_info *trap;
+
+	for (trap = trap_table; trap->address; trap++)
+		table[trap->vector] = *trap;
+}
+
 void trap_init(void)
 {
 	if (HYPERVISOR_set_trap_table(trap_table))

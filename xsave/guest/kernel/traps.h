@@ -2,6 +2,7 @@
 #ifndef XSAVE_GUEST_TRAPS_H
 #define XSAVE_GUEST_TRAPS_H
 
+#include "layout.h"
 #include "types.h"
 
 struct pt_regs {
@@ -10,5 +11,10 @@ struct pt_regs {
 	u64 error_code;
 	u64 ip, cs, flags, sp, ss;
 };
+
+struct trap_info;
+void trap_copy_table(struct trap_info *table);
+
+_Static_assert(offsetof(struct pt_regs, flags) == PT_REGS_FLAGS, "entry.S counts on it");
 
 #endif

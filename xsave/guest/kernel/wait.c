@@ -8,44 +8,33 @@
 void prepare_to_wait(struct wait_queue *wq)
 {
 	struct task_struct *task = current;
-	int masked = local_irq_save();
+	int masked = spin_lock_irqsave(&wq->lock);
 
 	if (list_empty(&task->wait))
 		list_add_tail(&task->wait, &wq->head);
-	task->state = TASK_INTERRUPTIBLE;
-	local_irq_restore(masked);
+	WRITE_ONCE(task->state, TASK_INTERRUPTIBLE);
+	mb();
+	spin_unlock_irqrestore(&wq->lock, masked);
 }
 
-void finish_wait(void)
+void finish_wait(struct wait_queue *wq)
 {
 	struct task_struct *task = current;
-	int masked = local_irq_save();
+	int masked = spin_lock_irqsave(&wq->lock);
 
-	task->state = TASK_RUNNING;
+	WRITE_ONCE(task->state, TASK_RUNNING);
 	list_del_init(&task->wait);
-	local_irq_restore(masked);
+	spin_unlock_irqrestore(&wq->lock, masked);
 }
 
 void wake_up_all(struct wait_queue *wq)
 {
 	struct task_struct *task;
-	int masked = local_irq_save();
+	int masked = spin_lock_irqsave(&wq->lock);
 
 	list_for_each_entry(task, &wq->head, wait)
 		wake_up_process(task);
-	local_irq_restore(masked);
-}
-
-/* Sleep until the clock shows `ktime`, or the freezer wakes us before. */
-void sleep_until(u64 ktime)
-{
-	struct task_struct *task = current;
-
-	local_irq_disable();
-	task->wake_at = ktime;
-	task->state = TASK_INTERRUPTIBLE;
-	local_irq_enable();
-	schedule();
+	spin_unlock_irqrestore(&wq->lock, masked);
 }
 
 void schedule_timeout(u64 ns)
@@ -53,14 +42,21 @@ void schedule_timeout(u64 ns)
 	sleep_until(ktime_get() + ns);
 }
 
+static int mutex_trylock(struct mutex *lock)
+{
+	struct task_struct *nobody = NULL;
+
+	return __atomic_compare_exchange_n(&lock->owner, &nobody, current, 0, __ATOMIC_ACQUIRE,
+					   __ATOMIC_RELAXED);
+}
+
 void mutex_lock(struct mutex *lock)
 {
-	wait_event(&lock->wq, !lock->owner);
-	lock->owner = current;
+	wait_event(&lock->wq, mutex_trylock(lock));
 }
 
 void mutex_unlock(struct mutex *lock)
 {
-	lock->owner = NULL;
+	__atomic_store_n(&lock->owner, NULL, __ATOMIC_RELEASE);
 	wake_up_all(&lock->wq);
 }

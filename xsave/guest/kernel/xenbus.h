@@ -24,11 +24,14 @@ u64 store_pfn(void);
 /* xs.c: requests; 0, -XS_EAGAIN or -XS_EINVAL. Not for freezable threads. */
 int xs_read(u32 tx, const char *path, char *value, u32 size);
 int xs_write(u32 tx, const char *path, const char *value);
+int xs_rm(u32 tx, const char *path);
 int xs_transaction_start(u32 *tx);
 int xs_transaction_end(u32 tx, int abort);
-void xs_suspend(void);
+int xs_suspend(void);
 void xs_resume(void);
 void xs_suspend_cancel(void);
+
+extern struct device xenbus_device;	/* the three above */
 
 struct xenbus_watch {
 	const char *path;		/* also the token */

@@ -1,6 +1,7 @@
 /*
  * xs.c - xenstore requests, one at a time, and watches.
  */
+#include "device.h"
 #include "kernel.h"
 #include "sched.h"
 #include "xenbus.h"
@@ -45,6 +46,11 @@ int xs_read(u32 tx, const char *path, char *value, u32 size)
 int xs_write(u32 tx, const char *path, const char *value)
 {
 	return xs_talk(XS_WRITE, tx, path, strlen(path) + 1, value, strlen(value), NULL, 0);
+}
+
+int xs_rm(u32 tx, const char *path)
+{
+	return xs_talk(XS_RM, tx, path, strlen(path) + 1, NULL, 0, NULL, 0);
 }
 
 int xs_transaction_start(u32 *tx)
@@ -114,10 +120,11 @@ int xenwatch_thread(void *unused)
 }
 
 /* Let the request that is out come back, and let no other one begin. */
-void xs_suspend(void)
+int xs_suspend(void)
 {
 	mutex_lock(&xs_lock);
 	xb_suspend();
+	return 0;
 }
 
 void xs_suspend_cancel(void)
@@ -135,3 +142,10 @@ void xs_resume(void)
 	for (watch = watches; watch; watch = watch->next)
 		xs_watch(watch->path);
 }
+
+struct device xenbus_device = {
+	.name = "xenbus",
+	.suspend = xs_suspend,
+	.resume = xs_resume,
+	.cancel = xs_suspend_cancel,
+};
