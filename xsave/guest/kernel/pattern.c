@@ -137,6 +137,7 @@ int ticker_thread(void *unused)
 		if (hash != first)
 			check_failed("tick", n);
 		gdt_check();
+		clock_check();
 		for (next += NSEC_PER_SEC; ktime_get() < next;)
 			freezable_sleep_until(next);
 		next = max(next, ktime_get());

@@ -1,19 +1,25 @@
 /*
- * time.c - the clock (Xen's pvclock), kept monotonic across hosts, and the singleshot timer.
+ * time.c - the clocks (Xen's pvclock), kept right across hosts, and the singleshot timer.
  *
  * system_time of another host starts anywhere. ktime = system_time + an offset chosen at each
  * resume so that the clock goes on where it stopped; time spent suspended does not count.
  * No TSC value is kept: what stays in memory is ktime, which is virtual where the host's is.
+ *
+ * The wall clock is Xen's at boot and at each resume, and goes with ktime between: it makes up
+ * for the time suspended, on whatever host that ends.
  */
 #include "events.h"
 #include "hypercall.h"
+#include "pattern.h"
 #include "sched.h"
 #include "time.h"
 
 #define TICK_NS (10 * NSEC_PER_MSEC)	/* how long a thread may run unasked */
 
-static s64 clock_offset;
+static s64 clock_offset;	/* ktime - system time */
+static u64 wall_offset;		/* wall clock - ktime */
 static u64 suspended_at;
+static u64 latest;		/* the latest ktime anybody has to remember */
 
 static u64 rdtsc(void)
 {
@@ -46,10 +52,32 @@ static u64 xen_clocksource_read(void)
 	return ns;
 }
 
+/* Xen's wall clock in ns since 1970, at system time 0. */
+static u64 xen_read_wallclock(void)
+{
+	volatile struct shared_info *src = HYPERVISOR_shared_info;
+	u32 version;
+	u64 ns;
+
+	do {
+		version = src->wc_version;
+		rmb();
+		ns = ((u64)src->wc_sec_hi << 32 | src->wc_sec) * NSEC_PER_SEC + src->wc_nsec;
+		rmb();
+	} while (version & 1 || version != src->wc_version);
+	return ns;
+}
+
 /* Monotonic ns since boot, without the times of suspension. */
 u64 ktime_get(void)
 {
 	return xen_clocksource_read() + clock_offset;
+}
+
+/* Wall clock, ns since 1970. */
+u64 ktime_get_real(void)
+{
+	return ktime_get() + wall_offset;
 }
 
 u64 ktime_to_system_time(u64 ktime)
@@ -97,11 +125,30 @@ static void timer_interrupt(void)
 		program_timer(1);
 }
 
+/* What Xen's wall clock says now, our own says from now on. */
+static void clock_was_set(void)
+{
+	wall_offset = xen_read_wallclock() - (u64)clock_offset;
+}
+
 /* The clock starts at 0 with the kernel. */
 void time_init(void)
 {
 	clock_offset = -(s64)xen_clocksource_read();
+	clock_was_set();
 	time_resume();
+}
+
+/* Once a second: the clock has not gone back, whatever happened. clock=1 shows both clocks. */
+void clock_check(void)
+{
+	u64 now = ktime_get();
+
+	if (now < latest)
+		check_failed("clock", latest - now);
+	latest = now;
+	if (cmdline_number("clock", 0))
+		printk("CLOCK %lu %lu\n", now, now + wall_offset);
 }
 
 /* A new domain has no VIRQ bound. */
@@ -124,12 +171,13 @@ void tick_resume(void)
 
 void timekeeping_suspend(void)
 {
-	suspended_at = ktime_get();
+	latest = suspended_at = ktime_get();
 }
 
 /* With this vCPU's time info of the new (or the same) host in place: go on from there. */
 void timekeeping_resume(void)
 {
 	clock_offset = (s64)(suspended_at - xen_clocksource_read());
+	clock_was_set();
 	this_cpu()->armed_at = 0;
 }

@@ -8,6 +8,8 @@ void time_init(void);
 void time_resume(void);
 void tick_resume(void);
 u64 ktime_get(void);
+u64 ktime_get_real(void);
+void clock_check(void);
 u64 ktime_to_system_time(u64 ktime);
 void program_timer(int running);
 void timekeeping_suspend(void);
