@@ -5,15 +5,25 @@ from __future__ import annotations
 from types import SimpleNamespace
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from xsave import gathering
 from xsave.frames import INVALID_P2M_ENTRY, PageType
 from xsave.gathering import Gatherer, Patches
 from xsave.image.buffers import Rows, Zeros
 from xsave.image.pages import MAX_BATCH, page_data_header
 
 NR_FRAMES = 4096
+
+
+@pytest.fixture(autouse=True, scope="module")
+def small_windows():
+    """Several windows in few pages."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(gathering, "_WINDOW", MAX_BATCH)
+        yield
 
 
 def domain(kinds, seed):
@@ -63,7 +73,8 @@ def test_records_are_those_of_a_page_by_page_save(kinds, seed, some):
     content[::3] = 0
     pages[patched] = content
     nothing = (np.empty(0, np.uint64), np.empty((0, 512), np.uint64))
-    gatherer = Gatherer(domctl, p2m, types, Patches.of([nothing, (patched, content)]))
+    patches = Patches.of([nothing, (patched, content)])
+    gatherer = Gatherer(domctl, p2m, types, patches.within)
     done = 0
     for batch in gatherer:
         pfns = np.arange(done, batch.end_pfn, dtype=np.uint64)

@@ -4,12 +4,14 @@ Nothing is copied here. A record's buffers name the frames (`Rows`), which lie s
 memory, and the kernel or a compressor fetches them. Frames that nobody touched are known without
 reading them, of the others the first word nearly always says that they are not zero; what is
 zero leaves as `Zeros`. A few pages are not written as their frames hold them: page tables, the
-p2m, start_info. They come as Patches. Whole batches only, nothing is done page by page.
+p2m, start_info. They come as Patches. Whole batches only, nothing is done page by page; what is
+looked up for many batches together is looked up when they are due, so that the first ones are on
+their way at once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -22,6 +24,8 @@ from xsave.image.pages import MAX_BATCH
 from xsave.image.stream import StreamEncoder
 
 _INVALID = np.uint64(INVALID_P2M_ENTRY)
+#: Pfns looked at together, a multiple of MAX_BATCH.
+_WINDOW = 16 * MAX_BATCH
 #: Where a page's bytes come from.
 _ZERO, _FRAME, _PATCH = 0, 1, 2
 
@@ -43,6 +47,11 @@ class Patches:
         last[:-1] = np.diff(pfns[order]) != 0
         return cls(pfns[order][last], pages[order[last]])
 
+    def within(self, first: int, end: int) -> Patches:
+        """Return those of the pfns from first to end."""
+        start, stop = np.searchsorted(self.pfns, (first, end))
+        return Patches(self.pfns[start:stop], self.pages[start:stop])
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -57,35 +66,51 @@ class Batch:
 class Gatherer:
     """The PAGE_DATA records of one domain, in pfn order.
 
-    p2m (n,) u64, types (n,) u8 (XTAB where p2m has no frame).
+    p2m (n,) u64, types (n,) u8 (XTAB where p2m has no frame); patches(first, end): those of the
+    pfns from first to end.
     """
 
     def __init__(
-        self, domctl: Domctl, p2m: np.ndarray, types: np.ndarray, patches: Patches
+        self,
+        domctl: Domctl,
+        p2m: np.ndarray,
+        types: np.ndarray,
+        patches: Callable[[int, int], Patches],
     ) -> None:
+        self._machine = domctl.machine
         self._mem = domctl.machine.mem
         self._p2m = p2m
         self._types = types
-        self._patches = patches
+        self._patches_of = patches
         self._backed = p2m != _INVALID
-        self._source = np.full(p2m.size, _ZERO, np.uint8)
-        touched = domctl.machine.resident(p2m[self._backed])
-        self._source[self._backed] = np.where(touched, _FRAME, _ZERO)
-        is_zero = ~patches.pages.any(axis=1)
-        self._source[patches.pfns] = np.where(is_zero, _ZERO, _PATCH)
 
     def __iter__(self) -> Iterator[Batch]:
-        for first in range(0, self._p2m.size, MAX_BATCH):
-            yield self._batch(first, min(first + MAX_BATCH, self._p2m.size))
+        for start in range(0, self._p2m.size, _WINDOW):
+            stop = min(start + _WINDOW, self._p2m.size)
+            patches = self._patches_of(start, stop)
+            sources = self._sources(start, stop, patches)
+            for first in range(start, stop, MAX_BATCH):
+                end = min(first + MAX_BATCH, stop)
+                yield self._batch(first, end, sources[first - start : end - start], patches)
 
-    def _batch(self, first: int, end: int) -> Batch:
+    def _sources(self, first: int, end: int, patches: Patches) -> np.ndarray:
+        """Return where the pages of these pfns come from, (end - first,) u8."""
+        sources = np.full(end - first, _ZERO, np.uint8)
+        backed = self._backed[first:end]
+        touched = self._machine.resident(self._p2m[first:end][backed])
+        sources[backed] = np.where(touched, _FRAME, _ZERO)
+        is_zero = ~patches.pages.any(axis=1)
+        sources[patches.pfns - first] = np.where(is_zero, _ZERO, _PATCH)
+        return sources
+
+    def _batch(self, first: int, end: int, sources: np.ndarray, patches: Patches) -> Batch:
         header = StreamEncoder.page_data_header(
             np.arange(first, end, dtype=np.uint64), self._types[first:end]
         )
-        pfns = first + np.flatnonzero(self._backed[first:end])
-        sources = self._source[pfns]
+        backed = np.flatnonzero(self._backed[first:end])
+        pfns, sources = first + backed, sources[backed]
         self._find_zero(pfns, sources)
-        buffers = [header, *self._runs(pfns, sources)] if pfns.size else [header]
+        buffers = [header, *self._runs(pfns, sources, patches)] if pfns.size else [header]
         return Batch(end, buffers, pfns.size, int(np.count_nonzero(sources == _ZERO)))
 
     def _find_zero(self, pfns: np.ndarray, sources: np.ndarray) -> None:
@@ -97,7 +122,7 @@ class Gatherer:
             zero = ~self._mem[mfns[doubtful]].any(axis=1)
             sources[frames[doubtful][zero]] = _ZERO
 
-    def _runs(self, pfns: np.ndarray, sources: np.ndarray) -> Iterator[Buffer]:
+    def _runs(self, pfns: np.ndarray, sources: np.ndarray, patches: Patches) -> Iterator[Buffer]:
         """Yield the pages, cut where their source changes."""
         cuts = np.flatnonzero(np.diff(sources)) + 1
         for start, end in pairwise([0, *cuts.tolist(), pfns.size]):
@@ -105,6 +130,6 @@ class Gatherer:
             if sources[start] == _FRAME:
                 yield Rows(self._mem, self._p2m[run])
             elif sources[start] == _PATCH:
-                yield Rows(self._patches.pages, np.searchsorted(self._patches.pfns, run))
+                yield Rows(patches.pages, np.searchsorted(patches.pfns, run))
             else:
                 yield Zeros(run.size * PAGE_SIZE)

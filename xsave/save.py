@@ -185,7 +185,13 @@ class Writer:
         backed = p2m != _INVALID
         types = np.full(p2m.size, PageType.XTAB, np.uint8)
         types[backed] = self._domctl.page_types(p2m[backed])
-        patches = self._patches(found, types, start_info_pfn, state)
+        known = self._patches(found, start_info_pfn, state)
+
+        def patches(first: int, end: int) -> Patches:
+            tables = self._canonical_tables(first, types[first:end])
+            inside = known.within(first, end)
+            return Patches.of(((inside.pfns, inside.pages), tables))
+
         gatherer = Gatherer(self._domctl, p2m, types, patches)
         with Behind(self._sink, _MAX_WAITING_BYTES) as write:
             for batch in gatherer:
@@ -198,34 +204,37 @@ class Writer:
                 self._report(Pages("save", done, p2m.size, self.image_bytes, self.zero_pages))
 
     def _patches(
-        self,
-        found: guest_p2m.GuestP2m,
-        types: np.ndarray,
-        start_info_pfn: int,
-        state: DomainState,
+        self, found: guest_p2m.GuestP2m, start_info_pfn: int, state: DomainState
     ) -> Patches:
-        """Return the pages that Xen's numbers or the host's are in, as an image holds them."""
+        """Return the pages that Xen's numbers or the host's are in, as an image holds them, but
+        for the page tables."""
         mem, p2m = self._machine.mem, self._p2m
         pfns, valid = mfns_to_pfns(mem[p2m[found.list_frames]], self._machine.m2p, p2m)
         lists = np.where(valid, pfns, np.uint64(0))
         start_info = self._start_info(start_info_pfn, state)
-        tables = np.flatnonzero((types & 7 != 0) & (types < PageType.BROKEN))
-        result = canonicalise(mem[p2m[tables]], types[tables] & 7, self._machine.m2p, p2m)
-        if result.bad.size:
-            row, slot = result.bad[0]
-            entry = int(mem[p2m[tables[row]], slot])
-            raise GuestStateError(
-                f"the level-{types[tables[row]] & 7} page table at pfn {tables[row]:#x} names a "
-                f"frame that is not the guest's: entry {slot} is {entry:#x}"
-            )
         return Patches.of(
             (
                 (found.frames, canonical_p2m(p2m)),
                 (found.list_frames, lists),
                 (np.array([start_info_pfn]), start_info.reshape(1, -1)),
-                (tables, result.tables),
             )
         )
+
+    def _canonical_tables(self, first: int, types: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return (pfns, pages) of the page tables among the pfns from first on of these types."""
+        mem, p2m = self._machine.mem, self._p2m
+        levels = np.where(types < PageType.BROKEN, types & 7, 0)
+        tables = np.flatnonzero(levels)
+        levels, tables = levels[tables], first + tables
+        result = canonicalise(mem[p2m[tables]], levels, self._machine.m2p, p2m)
+        if result.bad.size:
+            row, slot = result.bad[0]
+            entry = int(mem[p2m[tables[row]], slot])
+            raise GuestStateError(
+                f"the level-{levels[row]} page table at pfn {tables[row]:#x} names a "
+                f"frame that is not the guest's: entry {slot} is {entry:#x}"
+            )
+        return tables, result.tables
 
     def _start_info(self, pfn: int, state: DomainState) -> np.ndarray:
         """The page as a restore leaves it, but for what the new host fills in: zeros there."""
