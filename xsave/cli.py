@@ -169,4 +169,16 @@ def main() -> NoReturn:
     signal.signal(signal.SIGTERM, _interrupt)
     # Nothing here is linear algebra: numpy need not start a thread per core for it.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-    cli.main()
+    try:
+        cli.main()
+    except SystemExit as end:
+        _end(end.code)
+
+
+def _end(code: object) -> NoReturn:
+    """Leave at once: to take the interpreter apart, with all its maps, takes 30 ms after a save
+    of 1 GiB, and the kernel does the same in 7."""
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(code if isinstance(code, int) else int(code is not None))
