@@ -8,6 +8,7 @@ import struct
 import pytest
 
 from tests.guest.calling import ARGS, FAULT, M64, OUT, REFUSED, UNKNOWN, call
+from xsave.guest.xen.context import Vcpu
 from xsave.guest.xen.events import MAX_PORTS, Port
 from xsave.public import SHUTDOWN_NAMES
 
@@ -144,6 +145,37 @@ def test_a_vcpu_info_that_does_not_fit(guest, offset, foreign):
         assert ask(guest, VCPU, 10, "QII", mfn, 0, 0, vcpu=0) == REFUSED
     assert guest.vcpu.info is info
     assert guest.vcpu.info_mfn is None
+
+
+@pytest.fixture
+def other(guest):
+    """A second vCPU of the guest's, up."""
+    vcpu = Vcpu(1, guest.domain.shared.vcpu_info[1])
+    vcpu.initialised = vcpu.online = True
+    guest.domain.vcpus.append(vcpu)
+    return vcpu
+
+
+def test_another_vcpus_info_is_moved_while_it_is_down(guest, other):
+    """The vcpu_info of a vCPU that is up is its own to move; of one that is down, or was never
+    up, anybody's (a guest does that for all its vCPUs after a restore)."""
+    place = ("QII", guest.frames[6], 64, 0)
+    assert ask(guest, VCPU, 10, *place, vcpu=1) == REFUSED
+    assert other.info_mfn is None
+    assert call(guest, VCPU, 2, 1) == 0
+    assert ask(guest, VCPU, 10, *place, vcpu=1) == 0
+    assert other.info_mfn == guest.frames[6]
+    assert call(guest, VCPU, 1, 1) == 0
+    assert call(guest, VCPU, 3, 1) == 1
+
+
+def test_timers_of_other_vcpus(guest, other):
+    """A vCPU sets and stops no singleshot timer but its own."""
+    assert ask(guest, VCPU, 8, "QI", 500, 0, vcpu=1) == REFUSED
+    assert other.timer_ns is None
+    other.timer_ns = 600
+    assert call(guest, VCPU, 9, 1) == REFUSED
+    assert other.timer_ns == 600
 
 
 def test_other_vcpu_operations(guest):

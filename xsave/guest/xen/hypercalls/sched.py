@@ -20,6 +20,7 @@ _POLL_LIMIT = 128
     _INITIALISE, _UP, _DOWN, _IS_UP, _GET_RUNSTATE, _REGISTER_RUNSTATE, _SET_PERIODIC,
     _STOP_PERIODIC, _SET_SINGLESHOT, _STOP_SINGLESHOT, _REGISTER_VCPU_INFO,
 ) = range(11)  # fmt: skip
+_OWN_TIMER = (_SET_SINGLESHOT, _STOP_SINGLESHOT)
 _SINGLESHOT_FUTURE = 1
 
 
@@ -87,6 +88,8 @@ def vcpu_op(hv: Hypervisor, vcpu: Vcpu, command: int, vcpu_id: int, argument: in
         return int(target.online)
     if command == _STOP_PERIODIC:
         return 0
+    if command in _OWN_TIMER and target is not vcpu:
+        return -errno.EINVAL
     if command == _SET_SINGLESHOT:
         timeout, flags = struct.unpack("<QI", hv.read(argument, 12))
         if flags & _SINGLESHOT_FUTURE and timeout <= hv.domain.clock.now():
@@ -99,6 +102,8 @@ def vcpu_op(hv: Hypervisor, vcpu: Vcpu, command: int, vcpu_id: int, argument: in
     if command == _REGISTER_RUNSTATE:
         return 0
     if command == _REGISTER_VCPU_INFO:
+        if target is not vcpu and target.online:  # its events would go astray meanwhile
+            return -errno.EINVAL
         return _register_vcpu_info(hv, target, argument)
     return -errno.ENOSYS
 
