@@ -20,6 +20,14 @@ const u64 xsave_task_layout[] __attribute__((used)) = {
 	offsetof(struct cpu, curr),
 };
 
+const u64 xsave_cpu_layout[] __attribute__((used)) = {
+	sizeof(struct cpu),
+	offsetof(struct cpu, id),
+	offsetof(struct cpu, curr),
+	offsetof(struct cpu, preempt_count),
+	offsetof(struct cpu, rq.nr_switches),
+};
+
 static int next_pid;
 static void *free_stacks;	/* blocks of dead threads, linked by their first word */
 

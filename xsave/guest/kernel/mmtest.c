@@ -7,79 +7,13 @@
  * running, shuffled, and half torn down. Each step checks what the ones before it did.
  */
 #include "freezer.h"
-#include "hypercall.h"
 #include "mm.h"
 #include "mmtest.h"
 #include "pattern.h"
 #include "sched.h"
+#include "user_space.h"
 
-#define SLOTS 24		/* pages mapped, at a third each of three places */
-#define EXTRA_VA 0x0000123456789000UL
-#define WORDS (PAGE_SIZE / sizeof(u64))
-
-struct user_space {
-	struct mm_struct mm;
-	u64 random;
-	u64 life;		/* counts address spaces: part of every page's content */
-	u32 nr;			/* slots in use */
-	u64 pfn[SLOTS];		/* frame in each slot */
-	u64 content[SLOTS];	/* and which content it has */
-	u64 extra_pfn;
-};
-_Static_assert(sizeof(struct user_space) <= PAGE_SIZE, "one page each");
-
-/* Low, in the middle, and spread downwards over many L1 tables as stacks are. */
-static u64 slot_va(u32 slot)
-{
-	u64 i = slot / 3;
-
-	switch (slot % 3) {
-	case 0: return 0x0000000000400000UL + i * PAGE_SIZE;
-	case 1: return 0x0000555555554000UL + i * PAGE_SIZE;
-	default: return 0x00007fffffffe000UL - i * 0x201000UL;
-	}
-}
-
-static u64 content_word(struct user_space *us, u64 content, u64 i)
-{
-	return hash64(us->life << 16 | content) + i;
-}
-
-static void fill_page(struct user_space *us, u64 *page, u64 content)
-{
-	u64 i;
-
-	for (i = 0; i < WORDS; i++)
-		page[i] = content_word(us, content, i);
-}
-
-static void check_page(struct user_space *us, const u64 *page, u64 content)
-{
-	u64 i;
-
-	for (i = 0; i < WORDS; i++)
-		if (READ_ONCE(page[i]) != content_word(us, content, i))
-			check_failed("user page, address", (u64)(page + i));
-}
-
-/* 0; -1: no memory for a table on the way. */
-static __pgtable int map_page(struct mm_struct *mm, u64 va, u64 pfn, u64 flags)
-{
-	u64 *entry = pte_alloc(mm, va);
-
-	if (!entry)
-		return -1;
-	set_entry(mm, entry, make_pte(pfn, flags));
-	return 0;
-}
-
-static __pgtable int maps_pfn(struct mm_struct *mm, u64 va, u64 pfn)
-{
-	const u64 *entry = pte_lookup(mm, va);
-	u64 pte = entry ? READ_ONCE(*entry) : 0;
-
-	return pte & _PAGE_PRESENT && pte_pfn(pte) == pfn;
-}
+#define REST 30			/* ms between two steps, roughly, unless rest= says otherwise */
 
 static noinline void step_create(struct user_space *us)
 {
@@ -156,21 +90,6 @@ static noinline void step_touch(struct user_space *us)
 	}
 }
 
-/* One mmu_update batch for all slots, one flush. */
-static __pgtable void remap_slots(struct user_space *us)
-{
-	static struct mmuext_op flush = { .cmd = MMUEXT_TLB_FLUSH_LOCAL };
-	u32 i;
-
-	preempt_disable();
-	for (i = 0; i < us->nr; i++)
-		queue_mmu_update(pte_lookup(&us->mm, slot_va(i)),
-				 make_pte(us->pfn[i], PAGE_USER_DATA));
-	flush_mmu_updates();
-	HYPERVISOR_mmuext_op(&flush, 1);
-	preempt_enable();
-}
-
 /* The page of each slot moves on to the next one. */
 static noinline void step_shuffle(struct user_space *us)
 {
@@ -190,18 +109,6 @@ static noinline void step_shuffle(struct user_space *us)
 	remap_slots(us);
 }
 
-/* Through the hypercall for addresses of the running address space. */
-static __pgtable void update_va(u64 va, u64 pte)
-{
-	if (HYPERVISOR_update_va_mapping(va, pte, UVMF_INVLPG))
-		panic("update_va_mapping of user address %lx refused", va);
-}
-
-static __pgtable void update_slot(struct user_space *us, u32 slot, u64 flags)
-{
-	update_va(slot_va(slot), make_pte(us->pfn[slot], flags));
-}
-
 /* One slot away and back, another one read-only and back: update_va_mapping this time. */
 static noinline void step_update_va(struct user_space *us)
 {
@@ -212,7 +119,7 @@ static noinline void step_update_va(struct user_space *us)
 	us->random = hash64(us->random + 1);
 	a = us->random % us->nr;
 	b = (us->random >> 32) % us->nr;
-	update_va(slot_va(a), 0);
+	update_slot_away(a);
 	if (maps_pfn(&us->mm, slot_va(a), us->pfn[a]))
 		check_failed("unmapped slot", a);
 	update_slot(us, a, PAGE_USER_DATA);
@@ -224,7 +131,6 @@ static noinline void step_update_va(struct user_space *us)
 /* A slot read-only and back, by its pte: plain memory or mmu_update, as the tables are now. */
 static noinline void step_protect(struct user_space *us)
 {
-	static struct mmuext_op flush = { .cmd = MMUEXT_TLB_FLUSH_LOCAL };
 	u32 slot;
 
 	if (!us->mm.pgd || !us->nr)
@@ -233,12 +139,12 @@ static noinline void step_protect(struct user_space *us)
 	slot = us->random % us->nr;
 	change_protection(&us->mm, slot_va(slot), PAGE_USER_DATA & ~_PAGE_RW);
 	if (current->mm) {
-		HYPERVISOR_mmuext_op(&flush, 1);
+		flush_tlb();
 		check_page(us, (u64 *)slot_va(slot), us->content[slot]);
 	}
 	change_protection(&us->mm, slot_va(slot), PAGE_USER_DATA);
 	if (current->mm)
-		HYPERVISOR_mmuext_op(&flush, 1);
+		flush_tlb();
 }
 
 /* New tables in a pinned address space. */
@@ -282,9 +188,9 @@ static noinline void step_unpin(struct user_space *us)
 		mm_unpin(&us->mm);
 }
 
-static __pgtable void unmap(struct user_space *us, u64 va, u64 pfn)
+static noinline void drop_page(struct user_space *us, u64 va, u64 pfn)
 {
-	set_entry(&us->mm, pte_lookup(&us->mm, va), 0);
+	unmap_page(&us->mm, va);
 	free_page(pfn_to_virt(pfn));
 }
 
@@ -294,10 +200,10 @@ static noinline void step_unmap(struct user_space *us)
 	if (!us->mm.pgd)
 		return;
 	if (us->extra_pfn)
-		unmap(us, EXTRA_VA, us->extra_pfn);
+		drop_page(us, EXTRA_VA, us->extra_pfn);
 	us->extra_pfn = 0;
 	for (; us->nr > SLOTS / 2; us->nr--)
-		unmap(us, slot_va(us->nr - 1), us->pfn[us->nr - 1]);
+		drop_page(us, slot_va(us->nr - 1), us->pfn[us->nr - 1]);
 }
 
 static noinline void step_destroy(struct user_space *us)
@@ -305,7 +211,7 @@ static noinline void step_destroy(struct user_space *us)
 	if (!us->mm.pgd)
 		return;
 	for (; us->nr; us->nr--)
-		unmap(us, slot_va(us->nr - 1), us->pfn[us->nr - 1]);
+		drop_page(us, slot_va(us->nr - 1), us->pfn[us->nr - 1]);
 	mm_exit(&us->mm);
 }
 
@@ -319,13 +225,14 @@ static void (*const life[])(struct user_space *us) = {
 /* The outermost function: what it holds is in the image, so it holds no mfn. */
 static int mmtest_thread(void *arg)
 {
+	u64 rest = cmdline_number("rest", REST);
 	struct user_space *us = arg;
 	u32 step;
 
 	for (step = 0;; step = (step + 1) % ARRAY_SIZE(life)) {
 		life[step](us);
 		us->random = hash64(us->random + 1);
-		freezable_schedule_timeout((10 + us->random % 30) * NSEC_PER_MSEC);
+		freezable_schedule_timeout((rest / 3 + us->random % max(rest, 1)) * NSEC_PER_MSEC);
 	}
 	return 0;
 }

@@ -8,6 +8,8 @@
  * struct task_struct of comm (16 bytes), sp (saved while switched out), state (u32), flags (u32)
  * and the list node on the ring `all_tasks`; THREAD_SIZE; the size of the struct, where the stack
  * begins; the offset in struct cpu (a vCPU's kernel GS base) of the pointer to its current task.
+ * And xsave_cpu_layout, of the array `cpu_data`: the size of struct cpu, the offsets in it of id,
+ * curr, preempt_count (u32) and rq.nr_switches (u64).
  */
 #ifndef XSAVE_GUEST_SCHED_H
 #define XSAVE_GUEST_SCHED_H
