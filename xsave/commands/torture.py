@@ -83,6 +83,7 @@ def _plan(options: dict[str, Any]) -> Plan:
         every=options["every"] or 0,
         jobs=options["jobs"] or len(os.sched_getaffinity(0)),
         trace=options["trace"],
+        quick=quick,
     )
 
 
@@ -143,9 +144,9 @@ def _show(at: str, found: Replay) -> None:
         console.text(f"{mark} {line.address:016x}  {line.name:32}  {line.text}")
     outcome = found.outcome
     values = {stale.value for stale in outcome.stale}
-    held = [f"{name} = {value:#x}" for name, value in found.registers.items() if value in values]
-    if held:
-        console.text(f"at this moment held in: {', '.join(held)}")
+    for name, value in found.held.items():
+        mark = "**" if value in values else "  "
+        console.text(f"{mark} a frame number in {name} = {value:#x}")
     for stale in outcome.stale:
         console.text(f"stale in {stale.kind}: {stale.where} = {stale.value:#x}")
     if not outcome.stale:

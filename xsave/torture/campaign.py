@@ -60,7 +60,7 @@ def jobs_of(cells: Sequence[Cell], settings: Settings, journal: Journal) -> list
     """What is still to do."""
     jobs = []
     for cell in cells:
-        sweeps = cell.sweeps()
+        sweeps = cell.sweeps(quick=settings.quick)
         for sweep in sweeps:
             limit = max(settings.max_points // len(sweeps), 1) if settings.max_points else 0
             whole = settings.every or not limit or limit > _POINTS_PER_PART

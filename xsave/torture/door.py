@@ -115,9 +115,3 @@ class Door(Domctl):
 
     def close(self) -> None:
         """The door stays: the laboratory goes on with the domain."""
-
-    def remove(self) -> None:
-        """End the domain; its frames are zero and free."""
-        self.xen.domain.console.close()
-        self.machine.free_domain(self.domid)
-        self._nobody.close()

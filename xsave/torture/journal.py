@@ -98,4 +98,5 @@ def header(settings: Settings) -> dict[str, Any]:
         "max_points": settings.max_points,
         "every": settings.every,
         "threads": settings.threads,
+        "quick": settings.quick,
     }

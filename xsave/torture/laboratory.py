@@ -21,12 +21,13 @@ import json
 import os
 import tempfile
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from xsave.errors import GuestStateError
+from xsave.errors import GuestStateError, XsaveError
 from xsave.frames import PAGE_SHIFT, PAGE_SIZE
 from xsave.guest.xen import cpuregs
 from xsave.guest.xen.cpuid import XEN_VERSION, CpuPolicy
@@ -44,7 +45,7 @@ from xsave.torture.door import Door
 from xsave.torture.machine import PrivateMachine
 from xsave.torture.refusals import Refusals
 from xsave.torture.settings import Cell, Settings, Sweep
-from xsave.torture.stale import Detector, Stale
+from xsave.torture.stale import Detector, Stale, mfns_in
 from xsave.torture.symbols import Symbols, read_symbols
 from xsave.torture.tasks import Tasks
 from xsave.torture.window import LIFE_BEGINS, Gate, Window
@@ -60,9 +61,10 @@ REGISTERS = (
     "RAX", "RBX", "RCX", "RDX", "RSI", "RDI", "RBP", "RSP", "R8", "R9", "R10", "R11", "R12",
     "R13", "R14", "R15",
 )  # fmt: skip
-_SUSPEND_TIMEOUT_NS = 60_000 * NS_PER_MS
-_BOOT_NS = 600 * NS_PER_MS
-_WARM_NS = 900 * NS_PER_MS
+#: Twice the time the guest's freezer gives its threads.
+_SUSPEND_TIMEOUT_NS = 4_000 * NS_PER_MS
+_BOOT_NS = 400 * NS_PER_MS
+_WARM_NS = 600 * NS_PER_MS
 _LONGEST_LIFE_NS = 10_000 * NS_PER_MS
 
 
@@ -174,6 +176,7 @@ class Laboratory:
     def request_suspend(self) -> None:
         """Write the request into the guest's xenstore, as a toolstack does."""
         domain = self.door.xen.domain
+        self.clockwork.held.clear()  # it may run again, but vCPU 0 goes first
         domain.store.write(f"{domain.home}/control/shutdown", "suspend")
         domain.serve_store()
 
@@ -204,6 +207,13 @@ class Laboratory:
         """The general registers as they are."""
         q = self.door.xen.q
         return {name.lower(): q[getattr(cpuregs, name)] for name in REGISTERS}
+
+    def held(self) -> dict[str, int]:
+        """The general registers that hold a frame number at this moment."""
+        registers = self.registers()
+        values = np.array(list(registers.values()), np.uint64)
+        hits = mfns_in(values, A_FIRST, RANGE).tolist()
+        return {n: v for (n, v), hit in zip(registers.items(), hits, strict=True) if hit}
 
     def window(self, vcpu: int = 0) -> Window:
         """The window that begins with the next address space made on a vCPU."""
@@ -278,12 +288,10 @@ class Laboratory:
         self.door.resume()
         self.clockwork.run_for(_WARM_NS)
         self._alive("first suspend")
-        door, clockwork, _ = self.restore(image)
-        clockwork.run_for(_WARM_NS)
-        if door.xen.domain.shutdown_reason is not None:
-            tail = " | ".join(door.ear.text.strip().splitlines()[-3:])
-            raise GuestStateError(f"the guest did not survive a plain restore: {tail}")
-        door.remove()
+        with suppress(XsaveError):  # the points will tell
+            _, clockwork, _ = self.restore(image)
+            clockwork.run_for(_WARM_NS)
+        self.b.free_domain(GUEST_DOMID)
         self.b.rewind()
 
     def _alive_after_suspend(self) -> None:

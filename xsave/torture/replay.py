@@ -38,7 +38,7 @@ class Replay:
     point: Point
     name: str
     code: list[Line]
-    registers: dict[str, int]
+    held: dict[str, int]  # the registers with a frame number in them
     outcome: Outcome
 
 
@@ -48,10 +48,10 @@ def replay(sweep: Sweep, index: int, settings: Settings) -> Replay:
         lab = Laboratory(sweep.cell, settings, Path(directory))
         lab.prepare(sweep)
         for point in points_of(lab, sweep, {index}):
-            registers = lab.registers()
+            held = lab.held()
             code = list(disassemble(lab, point.rip))
             outcome = forks.in_child(lambda: attempt(lab, {}))
-            return Replay(point, lab.symbols.name(point.rip), code, registers, outcome)
+            return Replay(point, lab.symbols.name(point.rip), code, held, outcome)
     raise UsageError(f"the window of {sweep.name} has no point {index}")
 
 

@@ -18,7 +18,9 @@ ON_OFF = ("off", "on")
 #: Where the other vCPU stands, in the middle of each of the paths.
 PLACES = ("set_entry", "flush_mmu_updates", "flush_calls", "pin_op", "mm_unpin", "load_cr3")
 THREADS = 2
-DEFAULT_POINTS, QUICK_POINTS = 1000, 12
+FREEZE_TIMEOUT_S = 2
+#: Of a cell.
+DEFAULT_POINTS, QUICK_POINTS = 1000, 10
 
 
 @dataclass(frozen=True)
@@ -26,7 +28,8 @@ class Settings:
     """What all cells have in common.
 
     max_points: how many of a cell's points are tried (0: no limit); every: each so manieth, and
-    the first of each instruction, instead. trace: count the window a second way.
+    the first of each instruction, instead; quick: a few at which a register holds a frame number,
+    and no second sweep. trace: count the window a second way.
     """
 
     kernel: str
@@ -36,6 +39,7 @@ class Settings:
     jobs: int = 1
     threads: int = THREADS
     trace: bool = False
+    quick: bool = False
 
 
 @dataclass(frozen=True, order=True)
@@ -69,11 +73,13 @@ class Cell:
         return (
             f"preempt={self.preempt} freezer={_on(self.freezer)} "
             f"stop_machine={_on(self.stop_machine)} threads={settings.threads} touch=64K "
-            f"seed={settings.seed}"
+            f"seed={settings.seed} freeze_timeout={FREEZE_TIMEOUT_S}"
         )
 
-    def sweeps(self) -> list[Sweep]:
-        """All its windows."""
+    def sweeps(self, *, quick: bool = False) -> list[Sweep]:
+        """All its windows; the most telling one."""
+        if self.vcpus > 1 and quick:
+            return [Sweep(self, 1)]
         if self.vcpus == 1:
             return [Sweep(self, 0)]
         return [Sweep(self, 1)] + [Sweep(self, 0, place) for place in PLACES]
