@@ -20,7 +20,9 @@ COLUMNS = ["Name", "ID", "Host", "State", "VCPUs", "Memory", "Frames"]
 
 @click.command()
 @click.argument("name", metavar="NAME")
-@click.option("--kernel", metavar="FILE", help="A PV kernel (ELF). Default: the built-in guest.")
+@click.option(
+    "--kernel", metavar="FILE", help="A PV kernel: vmlinuz or ELF. Default: the built-in guest."
+)
 @click.option("--ramdisk", metavar="FILE", help="The kernel's initial ramdisk.")
 @click.option("--cmdline", default="", metavar="TEXT", help="The kernel's command line.")
 @click.option("--memory", type=SIZE, default=DEFAULT_MEMORY, show_default=True, help="Its memory.")

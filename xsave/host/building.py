@@ -16,6 +16,7 @@ from xsave.errors import GuestStateError, HostCannotTake, StorageError
 from xsave.guest.xen import elf
 from xsave.guest.xen.adopt import adopt_context
 from xsave.guest.xen.builder import build
+from xsave.guest.xen.bzimage import unwrap
 from xsave.guest.xen.context import xsave_fault
 from xsave.guest.xen.cpuid import XEN_VERSION, CpuPolicy
 from xsave.guest.xen.domain import Domain
@@ -98,7 +99,8 @@ class Building:
 
     def op_build(self, request: Request) -> Answer:
         domain, arguments = self._unbuilt(), request.arguments
-        kernel = elf.parse(_read_file(arguments["kernel"]), arguments["kernel"])
+        path = arguments["kernel"]
+        kernel = elf.parse(unwrap(_read_file(path), path), path)
         ramdisk = _read_file(arguments["ramdisk"]) if arguments.get("ramdisk") else b""
         nr_pages = int(arguments.get("nr_pages") or domain.max_pages)
         build(domain, kernel, ramdisk, arguments["cmdline"], nr_pages)
