@@ -106,6 +106,26 @@ def test_rdtsc_is_the_domains_clock(guest):
     assert guest.hv.q[RDX] << 32 | guest.hv.q[RAX] == guest.domain.clock.now()
 
 
+def test_a_stop_shows_no_other_clock(guest):
+    """A stop that comes when the next instruction is a rdtsc, as a stop from another thread may,
+    does not let the host's clock through."""
+    guest.domain.clock.extend()
+    clock = guest.hv.rdtsc
+
+    def rdtsc():
+        guest.hv.cpu.stop()
+        return clock()
+
+    guest.hv.rdtsc = rdtsc
+    code = b"\x0f\x31" * 4
+    guest.run(code)
+    for _ in range(4):
+        assert guest.hv.q[RDX] << 32 | guest.hv.q[RAX] == guest.domain.clock.now()
+        if guest.hv.stopped_at != guest.va(0, len(code)):
+            guest.hv.run()
+    assert guest.hv.stopped_at == guest.va(0, len(code))
+
+
 def test_cpuid_is_the_policys(guest):
     """cpuid, native or with Xen's forced-emulation prefix, answers from the domain's policy."""
     for code in (b"\x0f\xa2", b"\x0f\x0bxen\x0f\xa2"):

@@ -30,7 +30,7 @@ from xsave.guest.xen.domain import Domain
 from xsave.guest.xen.guestcpu import M64, GuestCpu
 from xsave.guest.xen.guestmem import GuestFault
 from xsave.guest.xen.pagetable import PGT_L1, PGT_L4
-from xsave.guest.xen.privop import emulate_privileged
+from xsave.guest.xen.privop import emulate_privileged, emulate_rdtsc
 from xsave.guest.xen.ptwr import emulate_table_write
 from xsave.guest.xen.vcpu import CR4_OSXSAVE, Cpu
 
@@ -119,6 +119,8 @@ class Hypervisor(GuestCpu):
 
     def exception(self, vector: int, error_code: int) -> None:
         """A fault or trap in the guest."""
+        if vector == TRAP_GP_FAULT and emulate_rdtsc(self, self.rdtsc):
+            return
         self.nr_crossings += 1
         self.domain.clock.step()
         if vector == TRAP_PAGE_FAULT:

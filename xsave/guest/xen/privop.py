@@ -7,6 +7,7 @@ and debug registers, and a few no-ops. Port I/O does not fault here: vcpu.py ans
 from __future__ import annotations
 
 import struct
+from collections.abc import Callable
 
 from xsave.guest.xen.cpuregs import FS_BASE, GS_BASE, RAX, RCX, RDX, RIP
 from xsave.guest.xen.guestcpu import GuestCpu
@@ -20,6 +21,7 @@ _GUEST_CR4 = CR4_FSGSBASE | CR4_OSXSAVE
 _ONE_BYTE_NOPS = {0xFA, 0xFB, 0xF4}  # cli, sti, hlt: the guest means its virtual flag
 _TWO_BYTE_NOPS = {0x06, 0x08, 0x09}  # clts, invd, wbinvd
 _XSETBV = b"\x01\xd1"
+_RDTSC, _RDTSCP = b"\x0f\x31", b"\x0f\x01\xf9"
 _XCR0_ALLOWED = 7
 
 
@@ -34,6 +36,21 @@ def emulate_privileged(hv: GuestCpu) -> bool:
     length = _emulate(hv, code + bytes(5))
     hv.q[RIP] += length
     return length > 0
+
+
+def emulate_rdtsc(hv: GuestCpu, rdtsc: Callable[[], int]) -> bool:
+    """Emulate rdtsc or rdtscp at rip, of the kernel or of user space. False: it is neither."""
+    q = hv.q
+    try:
+        code = hv.read(q[RIP], 2)
+        if code != _RDTSC and (code != _RDTSCP[:2] or hv.read(q[RIP] + 2, 1) != _RDTSCP[2:]):
+            return False
+    except GuestFault:
+        return False
+    tsc = rdtsc()
+    q[RAX], q[RDX] = tsc & 0xFFFFFFFF, tsc >> 32
+    q[RIP] += len(_RDTSC) if code == _RDTSC else len(_RDTSCP)
+    return True
 
 
 def _short_read(hv: GuestCpu) -> bytes:

@@ -4,12 +4,15 @@ The emulator's physical memory is the machine's memory, so cr3 and page-table en
 mfns and the emulator's own MMU walks them, sets A/D bits and faults. The guest kernel runs at
 CPL 3 as under Xen; `syscall` is the door to the hypercalls, every other crossing is an exception.
 This module knows instructions and registers, not hypercalls: it calls the five methods of the
-`handler` it is given (syscall, exception, invalid_opcode, cpuid, rdtsc).
+`handler` it is given (syscall, exception, software_interrupt, invalid_opcode, cpuid).
 
 Facts that cost hours, and where they show here:
 * cs/ss/cpl are set once by a sysretq at CPL 0 (`_enter_cpl3`); later selector writes change the
   visible selector only;
 * a syscall hook returns to rip + 2, an exception hook to the rip it left (`resume_at`);
+* of the instruction hooks only the first one, syscall, is called for sure: the emulator leaves the
+  list as soon as a stop is wanted, also by another thread. A lost rdtsc hook would show the guest
+  the host's TSC now and then: cr4.TSD makes the instruction fault instead, as Xen can do too;
 * port I/O never faults, whatever the privileges: reads are answered, all ones as no device does;
 * `emu_start(until)` with an unmapped address leaves a hidden fault behind: 0 is used;
 * counted runs and free runs must not be mixed: a machine is one or the other for its life;
@@ -37,8 +40,7 @@ from unicorn import (
 )
 from unicorn import x86_const as x86
 from unicorn.unicorn_const import UC_CTL_IO_WRITE, UC_CTL_TLB_FLUSH
-from unicorn.unicorn_py3.arch.intel import HOOK_INSN_CPUID_CFUNC
-from unicorn.unicorn_py3.unicorn import uccallback, uclib
+from unicorn.unicorn_py3.unicorn import uclib
 
 from xsave.guest.xen import cpuregs
 from xsave.guest.xen.machine import Machine
@@ -48,7 +50,7 @@ FLAT_RING3_SS64 = 0xE02B
 
 _MSR_EFER, _MSR_STAR = 0xC0000080, 0xC0000081
 _CR0 = 0x80050033  # PG AM WP NE ET MP PE
-_CR4_ALWAYS = 0x20 | 0x80 | 0x200 | 0x400  # PAE PGE OSFXSR OSXMMEXCPT
+_CR4_ALWAYS = 0x4 | 0x20 | 0x80 | 0x200 | 0x400  # TSD PAE PGE OSFXSR OSXMMEXCPT
 CR4_FSGSBASE = 1 << 16
 CR4_OSXSAVE = 1 << 18
 _SIGNATURE = [0xA5C3_0000_1111_0000 + i * 0x01010101 for i in range(8)]
@@ -66,7 +68,6 @@ class Handler(Protocol):
     def software_interrupt(self, vector: int) -> None: ...
     def invalid_opcode(self) -> bool: ...
     def cpuid(self) -> None: ...
-    def rdtsc(self) -> int: ...
 
 
 class EmulatorFault(Exception):
@@ -135,24 +136,6 @@ class Cpu:
         uc.hook_add(UC_HOOK_INSN_INVALID, on_invalid)
         uc.hook_add(UC_HOOK_INSN, on_cpuid, None, 1, 0, x86.UC_X86_INS_CPUID)
         uc.hook_add(UC_HOOK_INSN, on_in, None, 1, 0, x86.UC_X86_INS_IN)
-        self._rdtsc_hooks = [
-            self._hook_rdtsc(instruction)
-            for instruction in (x86.UC_X86_INS_RDTSC, x86.UC_X86_INS_RDTSCP)
-        ]
-
-    def _hook_rdtsc(self, instruction: int) -> object:
-        """The library hooks rdtsc, the 2.1.4 binding has no entry for it: made by hand."""
-        handler, q = self.handler, self.q
-
-        def on_rdtsc(_uc: Uc, _key: object) -> int:
-            tsc = handler.rdtsc()
-            q[cpuregs.RAX] = tsc & 0xFFFFFFFF
-            q[cpuregs.RDX] = tsc >> 32
-            return 1
-
-        callback = uccallback(self._uc, HOOK_INSN_CPUID_CFUNC)(on_rdtsc)
-        self._uc._Uc__do_hook_add(UC_HOOK_INSN, callback, 1, 0, ctypes.c_int(instruction))
-        return callback
 
     # -- bring-up ---
 
