@@ -1,0 +1,153 @@
+"""A guest on its way: from xsave to a real Xen and back, counting all the time.
+
+A guest prints `TICK n hash` each second. What is checked of it is one line: the numbers go on
+one by one, whoever runs it, and the hash of its memory stays the same.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from xsave.host.create import BUILTIN_KERNEL
+
+WAIT_S = 90
+TICKS = 3
+_TICK = re.compile(r"^TICK (\d+)\b(?:.*?([0-9a-f]{16}))?\s*$", re.MULTILINE)
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kernel to travel with: what xsave and xl are told to boot it."""
+
+    name: str
+    kernel: Path
+    ramdisk: Path | None
+    cmdline: str
+    memory_mib: int = 32
+
+    def config(self, domain, share, vcpus):
+        """Return an xl configuration; the files are below the share."""
+        lines = [
+            f'name="{domain}"', 'type="pv"', f"memory={self.memory_mib}", f"vcpus={vcpus}",
+            f'kernel="/host/{self.kernel.name}"', f'extra="{self.cmdline}"',
+        ]  # fmt: skip
+        (share / self.kernel.name).write_bytes(self.kernel.read_bytes())
+        if self.ramdisk:
+            (share / self.ramdisk.name).write_bytes(self.ramdisk.read_bytes())
+            lines.append(f'ramdisk="/host/{self.ramdisk.name}"')
+        return "\n".join(lines) + "\n"
+
+    def options(self, vcpus):
+        """Return the options of `xsave create`."""
+        found = ["--memory", f"{self.memory_mib}M", "--vcpus", vcpus, "--cmdline", self.cmdline]
+        if self.kernel != BUILTIN_KERNEL:
+            found += ["--kernel", self.kernel, "--ramdisk", self.ramdisk]
+        return found
+
+
+def builtin():
+    return Kind("builtin", BUILTIN_KERNEL, None, "seed=5 touch=2M")
+
+
+def linux(micro_linux):
+    kernel, ramdisk = micro_linux
+    return Kind("linux", kernel, ramdisk, "console=hvc0 rdinit=/init quiet seed=9 pages=64")
+
+
+def tick_lines(text):
+    """Return (number, hash or "") of each complete TICK line."""
+    return [(int(n), digest or "") for n, digest in _TICK.findall(text.replace("\r", ""))]
+
+
+class Journey:
+    """One guest's. `ticks` is all it printed so far, in whatever place."""
+
+    def __init__(self, xsave, real_xen, tmp_path, name):
+        self._xsave, self._xen, self._directory = xsave, real_xen, tmp_path
+        self.name = name
+        self.ticks = []
+        self._legs = 0
+
+    def check(self):
+        """Assert that nobody noticed anything."""
+        numbers = [n for n, _ in self.ticks]
+        assert numbers == list(range(1, len(numbers) + 1)), numbers
+        assert len({digest for _, digest in self.ticks if digest}) <= 1, self.ticks
+
+    def _went_on(self, text):
+        assert "CHECK FAILED" not in text and "PANIC" not in text, text[-2000:]
+        new = tick_lines(text)
+        assert len(new) >= TICKS, text[-2000:]
+        self.ticks += [tick for tick in new if not self.ticks or tick[0] > self.ticks[-1][0]]
+        self.check()
+
+    def _image(self):
+        self._legs += 1
+        return self._directory / f"{self.name}-{self._legs}.img"
+
+    # -- in xsave ---
+
+    def create_here(self, kind, vcpus):
+        self._xsave.ok("create", self.name, *kind.options(vcpus))
+
+    def restore_here(self, image):
+        self._xsave.ok("restore", image)
+
+    def save_here(self):
+        """Let it tick, save it, check the image; return its path."""
+        image = self._image()
+        deadline = time.monotonic() + WAIT_S
+        while len(tick_lines(self._console())) < TICKS:
+            assert time.monotonic() < deadline, self._console()[-2000:]
+            time.sleep(0.2)
+        self._xsave.ok("save", "-p", self.name, image)
+        self._went_on(self._console())
+        self._xsave.ok("destroy", self.name)
+        self._xsave.ok("image", "verify", image)
+        return image
+
+    def _console(self):
+        return self._xsave.ok("console", self.name, "--log").out.decode(errors="replace")
+
+    # -- under the real Xen ---
+
+    def create_there(self, kind, vcpus):
+        share = self._xen.share
+        (share / "guest.cfg").write_text(kind.config(self.name, share, vcpus))
+        self._run("xl create /host/guest.cfg")
+
+    def restore_there(self, image):
+        """Restore with the real xl; if it refuses, say what it said, and what we say."""
+        (self._xen.share / "in.img").write_bytes(image.read_bytes())
+        status, said = self._xen.run(
+            f"rm -f /run/console/guest-{self.name}.log; xl restore /host/in.img"
+        )
+        if status:
+            ours = self._xsave("image", "verify", image)
+            raise AssertionError(
+                f"xl restore of Xen {self._xen.version}: {status}\n{said}\n"
+                f"xsave image verify: {ours.code}\n{ours.out.decode()}{ours.err}"
+            )
+
+    def save_there(self):
+        """Let it tick, save it with the real xl; return the image's path here."""
+        # Not straight to the share: its pages are mapped from elsewhere, which 9p cannot send.
+        said = self._run(
+            f"wait_ticks {self.name} {TICKS} && xl save {self.name} /tmp/out.img && "
+            f"cp /tmp/out.img /host/out.img && rm /tmp/out.img && cat $(log {self.name})"
+        )
+        self._went_on(said)
+        image = self._image()
+        (self._xen.share / "out.img").rename(image)
+        return image
+
+    def _run(self, script):
+        status, said = self._xen.run(script)
+        assert status == 0, said[-3000:]
+        return said
+
+    def clean_up(self):
+        self._xen.run(f"xl destroy {self.name}; rm -f /tmp/*.img /run/console/*")
