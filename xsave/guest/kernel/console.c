@@ -19,6 +19,7 @@
 static volatile struct xencons_interface *ring;
 static u64 ring_pfn;
 static u32 port;
+static int irq;
 static struct spinlock console_lock;
 
 static u32 ring_used(void)
@@ -105,8 +106,10 @@ void console_remap(void)
 void console_resume(void)
 {
 	port = xen_start_info->console_evtchn;
-	if (ring)
-		bind_evtchn_to_handler(port, console_interrupt);
+	if (ring && irq)
+		rebind_evtchn_irq(port, irq);
+	else if (ring)
+		irq = bind_evtchn_to_irqhandler(port, console_interrupt);
 }
 
 /* Quiesce: let the far end read all of it, so that no line is caught in the image half read. */

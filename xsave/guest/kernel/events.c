@@ -3,7 +3,8 @@
  *
  * A port pends in shared_info.evtchn_pending, its word in the vCPU's evtchn_pending_sel, the
  * vCPU in evtchn_upcall_pending; Xen then calls xen_event_callback unless upcalls are masked.
- * While suspended, HYPERVISOR_shared_info is a dummy and the page is not mapped.
+ * While suspended, HYPERVISOR_shared_info is a dummy and the page is not mapped. What a port is
+ * for is irq.c's business.
  */
 #include "events.h"
 #include "hypercall.h"
@@ -17,13 +18,6 @@ static struct shared_info dummy_shared_info = {
 	.vcpu_info[0].evtchn_upcall_mask = 1,
 };
 struct shared_info *HYPERVISOR_shared_info = &dummy_shared_info;
-
-/* Four ports for each CPU at most, and the two rings'. */
-static struct {
-	u32 port;
-	int cpu;			/* whose event it is: the words of pending bits are shared */
-	void (*handler)(void);
-} actions[40];
 
 static void set_shared_info(struct shared_info *shared)
 {
@@ -75,103 +69,32 @@ void clear_evtchn(u32 port)
 			 : "memory", "cc");
 }
 
-static void unmask_evtchn(u32 port)
+/* Sets the bit; returns whether it was set. */
+static int test_and_set_bit(u32 port, u64 *bits)
+{
+	u8 was;
+
+	__asm__ volatile("lock; btsq %2, %0; setc %1"
+			 : "+m"(bits[port / 64]), "=q"(was)
+			 : "r"((u64)port % 64)
+			 : "memory", "cc");
+	return was;
+}
+
+int mask_evtchn(u32 port)
+{
+	return test_and_set_bit(port, HYPERVISOR_shared_info->evtchn_mask);
+}
+
+int set_evtchn(u32 port)
+{
+	return test_and_set_bit(port, HYPERVISOR_shared_info->evtchn_pending);
+}
+
+/* By Xen, which raises the event if it is pending: for whatever CPU the port is bound to. */
+void unmask_evtchn(u32 port)
 {
 	HYPERVISOR_event_channel_op(EVTCHNOP_unmask, &port);
-}
-
-static void bind_port(u32 port, int cpu, void (*handler)(void))
-{
-	u32 i;
-
-	for (i = 0; i < ARRAY_SIZE(actions); i++) {
-		if (actions[i].handler)
-			continue;
-		actions[i].port = port;
-		actions[i].cpu = cpu;
-		actions[i].handler = handler;
-		unmask_evtchn(port);
-		return;
-	}
-	panic("no room for another event handler");
-}
-
-/* The rings' ports are CPU 0's, as Xen made them. */
-void bind_evtchn_to_handler(u32 port, void (*handler)(void))
-{
-	bind_port(port, 0, handler);
-}
-
-/* A new port by which any CPU can interrupt `cpu`. */
-u32 bind_ipi_to_handler(int cpu, void (*handler)(void))
-{
-	struct evtchn_bind_ipi bind = { .vcpu = cpu };
-
-	if (HYPERVISOR_event_channel_op(EVTCHNOP_bind_ipi, &bind))
-		panic("no IPI to CPU %d", cpu);
-	bind_port(bind.port, cpu, handler);
-	return bind.port;
-}
-
-/* The port `virq` is bound to already: after a resume into the same domain, nothing was lost. */
-static u32 find_virq(u32 virq, int cpu)
-{
-	struct evtchn_status status;
-	u32 port;
-
-	for (port = 1; port < NR_EVENT_CHANNELS; port++) {
-		memset(&status, 0, sizeof(status));
-		status.dom = DOMID_SELF;
-		status.port = port;
-		if (HYPERVISOR_event_channel_op(EVTCHNOP_status, &status))
-			break;
-		if (status.status == EVTCHNSTAT_virq && status.virq == virq &&
-		    status.vcpu == (u32)cpu)
-			return port;
-	}
-	panic("virq %u is bound nowhere", virq);
-}
-
-void bind_virq_to_handler(u32 virq, int cpu, void (*handler)(void))
-{
-	struct evtchn_bind_virq bind = { .virq = virq, .vcpu = cpu };
-	long rc = HYPERVISOR_event_channel_op(EVTCHNOP_bind_virq, &bind);
-
-	if (rc == -XEN_EEXIST)
-		bind.port = find_virq(virq, cpu);
-	else if (rc)
-		panic("bind_virq %u refused: %ld", virq, rc);
-	bind_port(bind.port, cpu, handler);
-}
-
-/* In a new domain no port of the old one means anything. */
-void unbind_all_handlers(void)
-{
-	memset(actions, 0, sizeof(actions));
-}
-
-/* After a cancelled suspend the ports are as they were; only their masks are not trusted. */
-void unmask_all_handlers(void)
-{
-	u32 i;
-
-	for (i = 0; i < ARRAY_SIZE(actions); i++)
-		if (actions[i].handler)
-			unmask_evtchn(actions[i].port);
-}
-
-static void handle_port(u32 port)
-{
-	u32 i;
-
-	for (i = 0; i < ARRAY_SIZE(actions); i++)
-		if (actions[i].handler && actions[i].port == port)
-			break;
-	if (i < ARRAY_SIZE(actions) && actions[i].cpu != this_cpu()->id)
-		return;		/* pending for another CPU, in the same word */
-	clear_evtchn(port);
-	if (i < ARRAY_SIZE(actions))
-		actions[i].handler();
 }
 
 static u64 take(u64 *word)
@@ -198,7 +121,7 @@ void xen_evtchn_do_upcall(struct pt_regs *regs)
 			bits = READ_ONCE(shared->evtchn_pending[word]) &
 			       ~READ_ONCE(shared->evtchn_mask[word]);
 			for (; bits; bits &= bits - 1)
-				handle_port(word * 64 + __builtin_ctzl(bits));
+				handle_evtchn(word * 64 + __builtin_ctzl(bits));
 		}
 	} while (READ_ONCE(vcpu->evtchn_upcall_pending));
 }

@@ -26,8 +26,8 @@ static void call_function_interrupt(void)
 
 void smp_send_reschedule(struct cpu *cpu)
 {
-	if (cpu->resched_port)
-		notify_remote_via_evtchn(cpu->resched_port);
+	if (cpu->resched_irq)
+		notify_remote_via_irq(cpu->resched_irq);
 }
 
 /* Call fn, with events masked, on every CPU, and wait for all. With events on. */
@@ -41,7 +41,7 @@ void on_each_cpu(void (*fn)(void))
 	__atomic_store_n(&call_waiting, nr_cpus - 1, __ATOMIC_SEQ_CST);
 	for_each_online_cpu(cpu)
 		if (cpu != this_cpu())
-			notify_remote_via_evtchn(cpu->call_port);
+			notify_remote_via_irq(cpu->call_irq);
 	masked = local_irq_save();
 	fn();
 	local_irq_restore(masked);
@@ -51,9 +51,9 @@ void on_each_cpu(void (*fn)(void))
 	spin_unlock(&call_lock);
 }
 
-/* At start, and again in a new domain, which has no port. From any CPU. */
+/* At start, from any CPU. */
 void bind_ipis(struct cpu *cpu)
 {
-	cpu->resched_port = bind_ipi_to_handler(cpu->id, reschedule_interrupt);
-	cpu->call_port = bind_ipi_to_handler(cpu->id, call_function_interrupt);
+	cpu->resched_irq = bind_ipi_to_irqhandler(cpu->id, reschedule_interrupt);
+	cpu->call_irq = bind_ipi_to_irqhandler(cpu->id, call_function_interrupt);
 }

@@ -46,7 +46,7 @@ struct cpu {
 	struct mm_struct *active_mm;
 	struct runqueue rq;
 	u64 armed_at;			/* ktime the singleshot timer is set to; 0: not set */
-	u32 resched_port, call_port;	/* IPIs to this CPU */
+	int resched_irq, call_irq;	/* IPIs to this CPU */
 	struct mmuext_op new_baseptr;	/* switch_mm()'s request: its mfn never sees a stack */
 };
 _Static_assert(offsetof(struct cpu, curr) == CPU_CURR, "entry.S counts on it");

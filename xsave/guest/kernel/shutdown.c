@@ -3,6 +3,7 @@
  */
 #include "balloon.h"
 #include "console.h"
+#include "evtest.h"
 #include "hypercall.h"
 #include "sched.h"
 #include "suspend.h"
@@ -110,6 +111,7 @@ int setup_shutdown_watcher(void *unused)
 	BUG_ON(!kthread_run(xenwatch_thread, NULL, PF_NOFREEZE, "xenwatch"));
 	register_xenbus_watch(&shutdown_watch);
 	balloon_init();
+	evtest_init();
 	advertise_shutdown_features();
 	return 0;
 }

@@ -53,12 +53,7 @@ static noinline void xen_post_suspend(int cancelled)
 /* Bind what this kernel listens to anew; xenbus does its own part in xs_resume(). */
 static void irq_resume(void)
 {
-	struct cpu *cpu;
-
-	unbind_all_handlers();
-	time_resume();
-	for_each_online_cpu(cpu)
-		bind_ipis(cpu);
+	xen_irq_resume();
 	console_resume();
 }
 
@@ -76,9 +71,7 @@ static noinline int xen_suspend(void *data)
 					end_of_stack(current));
 	xen_post_suspend(*cancelled);
 	timekeeping_resume();
-	if (*cancelled)
-		unmask_all_handlers();
-	else
+	if (!*cancelled)
 		irq_resume();
 	return 0;
 }

@@ -134,9 +134,12 @@ static void clock_was_set(void)
 /* The clock starts at 0 with the kernel. */
 void time_init(void)
 {
+	struct cpu *cpu;
+
 	clock_offset = -(s64)xen_clocksource_read();
 	clock_was_set();
-	time_resume();
+	for_each_online_cpu(cpu)
+		bind_virq_to_irqhandler(VIRQ_TIMER, cpu->id, timer_interrupt);
 }
 
 /* Once a second: the clock has not gone back, whatever happened. clock=1 shows both clocks. */
@@ -149,15 +152,6 @@ void clock_check(void)
 	latest = now;
 	if (cmdline_number("clock", 0))
 		printk("CLOCK %lu %lu\n", now, now + wall_offset);
-}
-
-/* A new domain has no VIRQ bound. */
-void time_resume(void)
-{
-	struct cpu *cpu;
-
-	for_each_online_cpu(cpu)
-		bind_virq_to_handler(VIRQ_TIMER, cpu->id, timer_interrupt);
 }
 
 /* On each CPU: Xen has forgotten what this vCPU's timer was set to. Events masked. */

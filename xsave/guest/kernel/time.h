@@ -5,7 +5,6 @@
 #include "types.h"
 
 void time_init(void);
-void time_resume(void);
 void tick_resume(void);
 u64 ktime_get(void);
 u64 ktime_get_real(void);

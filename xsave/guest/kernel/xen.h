@@ -93,7 +93,9 @@
 #define EVTCHNOP_close       3
 #define EVTCHNOP_send        4
 #define EVTCHNOP_status      5
+#define EVTCHNOP_alloc_unbound 6
 #define EVTCHNOP_bind_ipi    7
+#define EVTCHNOP_bind_vcpu   8
 #define EVTCHNOP_unmask      9
 #define EVTCHNSTAT_virq      4
 #define VIRQ_TIMER           0
@@ -256,6 +258,15 @@ _Static_assert(sizeof(struct vcpu_guest_context) == 5168, "vcpu_guest_context");
 
 struct evtchn_bind_virq {
 	u32 virq, vcpu;
+	u32 port;			/* out */
+};
+
+struct evtchn_bind_vcpu {
+	u32 port, vcpu;
+};
+
+struct evtchn_alloc_unbound {
+	u16 dom, remote_dom;
 	u32 port;			/* out */
 };
 

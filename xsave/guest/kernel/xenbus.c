@@ -13,6 +13,7 @@
 static volatile struct xenstore_domain_interface *intf;
 static u64 intf_pfn;
 static u32 port;
+static int irq;
 
 static WAIT_QUEUE(xb_waitq);	/* the ring moved */
 static WAIT_QUEUE(reply_waitq);
@@ -120,7 +121,10 @@ static void xenbus_interrupt(void)
 static void xb_connect(void)
 {
 	port = xen_start_info->store_evtchn;
-	bind_evtchn_to_handler(port, xenbus_interrupt);
+	if (irq)
+		rebind_evtchn_irq(port, irq);
+	else
+		irq = bind_evtchn_to_irqhandler(port, xenbus_interrupt);
 }
 
 /* 0; -1 where the domain has no xenstore. */
