@@ -90,7 +90,6 @@ KERNEL = [
         "",
     ),
     KernelMutation("a pin request is left behind", "mm.c", "\top->arg1 = 0;\n", ""),
-    KernelMutation("the p2m tree is not built anew", "suspend.c", "\tbuild_mfn_list_list();\n", ""),
     KernelMutation(
         "stop_machine stops nobody",
         "suspend.c",

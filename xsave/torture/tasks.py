@@ -1,7 +1,7 @@
 """The guest's threads as they lie in its memory, found by the kernel's own table of offsets.
 
 `xsave_task_layout` (guest/kernel/sched.h) says where in a task its name, its saved stack pointer
-and its list node are. A task and its stack are one aligned block; what is on a stack above the
+and its list node are. A task and its stack are one block; what is on a stack above the
 stack pointer is the thread's, what is below is dead. Above it lie the frames of its functions
 and, where an event interrupted it, the pt_regs that entry.S saved.
 """
@@ -46,7 +46,9 @@ class Tasks:
         self._hv, self._symbols = hv, symbols
         layout = LAYOUT.unpack(hv.read(symbols.address["xsave_task_layout"], LAYOUT.size))
         self._comm, self._sp, _state, _flags, self._node, self.stack_bytes, self._struct, _ = layout
-        self._running = self._stack_pointers()
+        hv.read_registers()
+        online = [vcpu for vcpu in hv.domain.vcpus if vcpu.online]
+        self._running = [vcpu.context.user_regs.rsp for vcpu in online]
         self.tasks = [self._task(block) for block in self._blocks()]
         self._by_pfn = {
             pfn: (task, page)
@@ -54,16 +56,6 @@ class Tasks:
             for page in range(self.stack_bytes // PAGE_SIZE)
             if (pfn := self._pfn(task.block + page * PAGE_SIZE)) >= 0
         }
-
-    def _stack_pointers(self) -> dict[int, int]:
-        """Return {block: rsp} of what has a vCPU."""
-        found = {}
-        self._hv.read_registers()
-        for vcpu in self._hv.domain.vcpus:
-            if vcpu.online:
-                rsp = vcpu.context.user_regs.rsp
-                found[rsp - 1 & ~(self.stack_bytes - 1)] = rsp
-        return found
 
     def _blocks(self) -> list[int]:
         head = self._symbols.address["all_tasks"]
@@ -77,7 +69,10 @@ class Tasks:
     def _task(self, block: int) -> Task:
         data = self._hv.read(block, self.stack_bytes)
         comm = data[self._comm : self._comm + _COMM_BYTES].split(b"\0")[0].decode("latin-1")
-        sp = self._running.get(block, struct.unpack_from("<Q", data, self._sp)[0])
+        (sp,) = struct.unpack_from("<Q", data, self._sp)
+        for rsp in self._running:
+            if block < rsp <= block + self.stack_bytes:
+                sp = rsp
         return Task(comm, block, sp, np.frombuffer(data, np.uint64))
 
     def _word(self, address: int) -> int:

@@ -16,6 +16,7 @@ the guest run free and counts what the emulator says it executes.
 from __future__ import annotations
 
 import struct
+from bisect import bisect_right
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -78,6 +79,7 @@ class Window:
         self._begin = symbols.address[LIFE_BEGINS]
         tasks = Tasks(self._hv, symbols)
         self._stack_bytes = tasks.stack_bytes
+        self._blocks = sorted(t.block for t in tasks.tasks)
         self._threads = {t.block for t in tasks.tasks if t.comm.startswith(THREADS)}
         self._thread: int | None = None
         self._lives = 0
@@ -186,8 +188,10 @@ class Window:
         return block == self._thread
 
     def _block(self) -> int:
-        """The memory block of the thread that has the CPU."""
-        return (self._hv.q[RSP] - 1) & ~(self._stack_bytes - 1)
+        """The memory block of the thread that has the CPU; -1 for one that is not known."""
+        below = self._hv.q[RSP] - 1
+        i = bisect_right(self._blocks, below) - 1
+        return self._blocks[i] if i >= 0 and below < self._blocks[i] + self._stack_bytes else -1
 
     def _where(self, rip: int) -> int:
         """Say what the boundary before the instruction at rip is."""
