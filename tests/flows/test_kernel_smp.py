@@ -24,11 +24,10 @@ from xsave.host.host import add_host
 
 
 def all_work(host, nr_cpus):
-    """Assert that every CPU goes on switching threads: its timer and its IPIs reach it."""
-    before = inside.switches(host, nr_cpus)
-    wait_for(
-        lambda: all(n > b for n, b in zip(inside.switches(host, nr_cpus), before, strict=True))
-    )
+    """Assert that every CPU goes on switching threads (a few more times than the end of a suspend
+    takes): its timer and its IPIs reach it."""
+    end = [n + 8 for n in inside.switches(host, nr_cpus)]
+    wait_for(lambda: all(n >= e for n, e in zip(inside.switches(host, nr_cpus), end, strict=True)))
 
 
 @pytest.mark.parametrize("vcpus", [2, 4, 8])
@@ -50,6 +49,19 @@ def test_saved_and_restored(host, tmp_path, vcpus):
     all_work(host, vcpus)
     destroy(host)
     nothing_is_left(host)
+
+
+def test_timers_come_back(host, tmp_path):
+    """With freezer=off all threads of a vCPU are in the image asleep, until a time that only its
+    own timer brings: it is set anew on each vCPU in the new domain."""
+    create(host, vcpus=4, cmdline="threads=8 freezer=off")
+    wait_for_tick(host)
+    for _ in range(4):
+        save(host, tmp_path / "img")
+        restore(host, tmp_path / "img")
+        all_work(host, 4)
+    runs_on(host)
+    destroy(host)
 
 
 def test_cancelled(host, tmp_path):
