@@ -33,6 +33,7 @@ COMMANDS = {
     "pause": "domain:pause",
     "unpause": "domain:unpause",
     "shutdown": "domain:shutdown",
+    "reboot": "domain:reboot",
     "destroy": "domain:destroy",
     "save": "flows:save",
     "restore": "flows:restore",

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from xsave.guest.xen.domctl import DomainInfo
 
 DEFAULT_MEMORY = "64M"
+ACTION = click.Choice(["destroy", "restart", "preserve"])
 COLUMNS = ["Name", "ID", "Host", "State", "VCPUs", "Memory", "Frames"]
 
 
@@ -29,6 +30,9 @@ COLUMNS = ["Name", "ID", "Host", "State", "VCPUs", "Memory", "Frames"]
 @click.option(
     "--vcpus", type=click.IntRange(1), default=1, metavar="N", help="Its vCPUs.", show_default=True
 )
+@click.option("--on-poweroff", type=ACTION, default="destroy", help="When it powers off.")
+@click.option("--on-reboot", type=ACTION, default="restart", help="When it reboots.")
+@click.option("--on-crash", type=ACTION, default="preserve", help="When it crashes.")
 @click.option("-p", "--paused", is_flag=True, help="Build it and leave it paused.")
 @click.option("--deterministic", type=click.IntRange(0), metavar="SEED", help="Virtual time.")
 @json_option
@@ -41,6 +45,9 @@ def create(
     cmdline: str,
     memory: int,
     vcpus: int,
+    on_poweroff: str,
+    on_reboot: str,
+    on_crash: str,
     paused: bool,
     deterministic: int | None,
     as_json: bool,
@@ -66,6 +73,7 @@ def create(
                 vcpus=vcpus,
                 paused=paused,
                 deterministic=deterministic,
+                actions={"poweroff": on_poweroff, "reboot": on_reboot, "crash": on_crash},
                 process=process,
                 report=report,
             )
@@ -138,6 +146,17 @@ def shutdown(settings: Settings, name: str, as_json: bool) -> None:
         domctl.shutdown("poweroff")
     result = {"name": name, "requested": "poweroff"}
     settings.answer(as_json, result, f"{name}: asked to power off")
+
+
+@click.command()
+@click.argument("name", type=DOMAIN)
+@json_option
+@pass_settings
+def reboot(settings: Settings, name: str, as_json: bool) -> None:
+    """Ask the guest to reboot. Its domain then begins again from the kernel."""
+    with settings.find(name) as domctl:
+        domctl.shutdown("reboot")
+    settings.answer(as_json, {"name": name, "requested": "reboot"}, f"{name}: asked to reboot")
 
 
 @click.command()

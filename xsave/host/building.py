@@ -6,6 +6,7 @@ The connection that sends `begin` holds the lease on the half-built domain until
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from xsave.errors import GuestStateError, HostCannotTake, StorageError
+from xsave.frames import PAGE_SIZE
 from xsave.guest.xen import elf
 from xsave.guest.xen.adopt import adopt_context
 from xsave.guest.xen.builder import build
@@ -24,6 +26,7 @@ from xsave.guest.xen.hypercalls import table
 from xsave.guest.xen.hypervisor import Hypervisor
 from xsave.guest.xen.time import RealClock, VirtualClock
 from xsave.guest.xen.wire import pack_blobs, unpack_blobs
+from xsave.host import bootconfig
 from xsave.host.control import Client, Request
 from xsave.host.registry import write_record
 from xsave.host.running import RunningDomain
@@ -60,21 +63,33 @@ class Building:
         if not 1 <= nr_vcpus <= XEN_LEGACY_MAX_VCPUS:
             raise HostCannotTake(f"{nr_vcpus} vCPUs: expected 1 to {XEN_LEGACY_MAX_VCPUS}")
         self.builder = request.client
-        clock = VirtualClock() if arguments.get("deterministic") else RealClock()
         running.builtin = bool(arguments.get("builtin"))
+        domain = self._begin(
+            nr_vcpus,
+            int(arguments["max_pages"]),
+            VirtualClock() if arguments.get("deterministic") else RealClock(),
+            arguments.get("xen_frames"),
+        )
+        self._fill_store(domain, int(arguments["target_pages"]))
+        return {"shared_info_mfn": domain.shared_info_mfn}, b""
+
+    def _begin(
+        self, nr_vcpus: int, max_pages: int, clock: RealClock, xen_frames: list[int] | None = None
+    ) -> Domain:
+        """Put a domain with nothing in it in the place of the one that was, if any."""
+        running = self._running
         domain = Domain(
             running.machine,
             running.domid,
             nr_vcpus=nr_vcpus,
-            max_pages=int(arguments["max_pages"]),
+            max_pages=max_pages,
             clock=clock,
             log_path=running.directory / "console.log",
-            xen_frames=arguments.get("xen_frames"),
+            xen_frames=xen_frames,
         )
         domain.console.listeners.append(running.control.console_output)
         running.hypervisor = Hypervisor(domain, table())
-        self._fill_store(domain, int(arguments["target_pages"]))
-        return {"shared_info_mfn": domain.shared_info_mfn}, b""
+        return domain
 
     def _fill_store(self, domain: Domain, target_pages: int) -> None:
         """The nodes a PV guest expects, as libxl writes them.
@@ -99,13 +114,37 @@ class Building:
 
     def op_build(self, request: Request) -> Answer:
         domain, arguments = self._unbuilt(), request.arguments
-        path = arguments["kernel"]
-        kernel = elf.parse(unwrap(_read_file(path), path), path)
-        ramdisk = _read_file(arguments["ramdisk"]) if arguments.get("ramdisk") else b""
         nr_pages = int(arguments.get("nr_pages") or domain.max_pages)
-        build(domain, kernel, ramdisk, arguments["cmdline"], nr_pages)
-        self._p2m_size = nr_pages
+        self._boot(arguments["kernel"], arguments.get("ramdisk"), arguments["cmdline"], nr_pages)
         return {}, b""
+
+    def _boot(self, path: str, ramdisk: str | None, cmdline: str, nr_pages: int) -> None:
+        """Load a kernel into the empty domain."""
+        kernel = elf.parse(unwrap(_read_file(path), path), path)
+        initrd = _read_file(ramdisk) if ramdisk else b""
+        build(self._running.domain, kernel, initrd, cmdline, nr_pages)
+        self._p2m_size = nr_pages
+
+    def restart(self) -> None:
+        """Begin again from the kernel, as the configuration says: same domid, name, clock and
+        connections, fresh frames. Raises XsaveError; the domain is then not to be used."""
+        boot = bootconfig.read(self._config)
+        running, old = self._running, self._running.domain
+        running.machine.free_domain(running.domid)
+        running.builtin = boot.builtin
+        domain = self._begin(boot.vcpus, boot.max_memory_bytes // PAGE_SIZE, old.clock)
+        old.console.close()
+        domain.tsc = old.tsc
+        nr_pages = boot.memory_bytes // PAGE_SIZE
+        self._fill_store(domain, nr_pages)
+        self._boot(boot.kernel_path, boot.ramdisk, boot.cmdline, nr_pages)
+        self._p2m_frames, self.restored = b"", False
+        del old
+        gc.collect()  # the emulator of before, with its translations, is in cycles
+
+    def action_on(self, event: str) -> str:
+        """What is to happen when the guest ends with this event."""
+        return bootconfig.action_on(self._config, event)
 
     def op_setvcpu(self, request: Request) -> Answer:
         """XEN_DOMCTL_setvcpucontext: cr3, cr1 and gdt_frames are mfns and are validated here."""

@@ -16,12 +16,13 @@ from xsave.errors import ConnectionLost, GuestStateError, NameTaken, UsageError,
 from xsave.guest.xen.domain import Domain
 from xsave.guest.xen.wire import error_message, send_message
 from xsave.host import host as hosts
+from xsave.host.bootconfig import DESTROY, RESTART
 from xsave.host.building import Building
 from xsave.host.control import Client, Request
 from xsave.host.registry import write_record
 from xsave.host.running import RunningDomain
 from xsave.host.suspension import Suspension
-from xsave.public import SHUTDOWN_CRASH, SHUTDOWN_SUSPEND
+from xsave.public import SHUTDOWN_CRASH, SHUTDOWN_NAMES, SHUTDOWN_SUSPEND
 
 #: How long a fresh process waits for the command that started it to say what to build.
 _BUILDER_TIMEOUT_S = 30.0
@@ -111,8 +112,28 @@ class Operations:
         if reason == SHUTDOWN_SUSPEND:
             if not self._suspension.held:  # a late suspend, nobody waits any more
                 self._suspension.resume()
-        elif reason != SHUTDOWN_CRASH:
-            self._running.finished = True  # on_poweroff and on_reboot are "destroy"
+        else:
+            self._end(SHUTDOWN_NAMES[reason])
+
+    def _end(self, event: str) -> None:
+        """The guest is at its end: destroy the domain, begin again or leave it to be looked at.
+
+        What becomes of it is told on its console, where those are who watch it.
+        """
+        action = self._building.action_on(event)
+        if action == RESTART:
+            self._tell(f"{event}: it is started again")
+            try:
+                self._building.restart()
+            except XsaveError as e:
+                self._tell(f"it cannot be started again: {e}")
+                action = DESTROY
+        if action == DESTROY:
+            self._running.finished = True
+
+    def _tell(self, message: str) -> None:
+        with contextlib.suppress(OSError):
+            self._domain.console.put(f"(xsave) {self._running.name}: {message}\n".encode())
 
     # -- suspend ---
 
