@@ -163,6 +163,8 @@ def test_a_p2m_has_a_largest_size(host):
     runs_on(host)
     assert backed(host) == PAGES
     assert "balloon:" not in console(host)
+    with suspended(host) as domctl:
+        assert tree(domctl)[0] == PAGES
 
 
 # ---- a p2m with holes
@@ -307,7 +309,8 @@ def grown(start, end, pfns, late):
         frames = X86PvP2mFrames(start, end, np.array(pfns, np.uint64))
         content = np.full((len(late), 4096), 7, np.uint8)
         batch = PageBatch(np.array(late, np.uint64), np.zeros(len(late), np.uint8), content)
-        return [*pieces[:at], PvImage.record(frames), PvImage.record(batch), *pieces[at:]]
+        new = [PvImage.record(batch)] if late else []
+        return [*pieces[:at], PvImage.record(frames), *new, *pieces[at:]]
 
     return one_vcpu().encode("xl", edit)
 

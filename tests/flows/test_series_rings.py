@@ -135,9 +135,19 @@ def test_what_nobody_read_is_not_lost(host, tmp_path, monkeypatch, outcome):
     boot(host)
     ticked(host, 5)
     deaf.touch()
-    before = end_suspend(host, tmp_path / "img", outcome)
+    if outcome == "new":
+        before = save_said(host, tmp_path / "img")
+        restore(host, tmp_path / "img", paused=True)
+        with host.find("g") as domctl:
+            *_, ring = rings(host, domctl)
+            domctl.unpause()
+        wait_for(lambda: b"RESUME new" in host.machine.pages[ring].tobytes())
+    else:
+        before = end_suspend(host, tmp_path / "img", outcome)
     assert "SUSPEND" not in before
     deaf.unlink()
+    with host.find("g") as domctl:
+        domctl.unpause()
     text = goes_on(host, before, nr_ticks=3) if outcome == "new" else ticked(host, 8)
     whole = before + text if outcome == "new" else text
     assert [whole.count(line) for line in ("SUSPEND\n", "RESUME ")] == [1, 1]

@@ -69,7 +69,11 @@ static void raise(int irq, const u64 *seen)
 {
 	u64 before = READ_ONCE(*seen);
 
+	preempt_disable();
 	expect(retrigger_irq(irq), "evtchn: not retriggered");
+	/* On the CPU it is for, it does not wait for another event to come. */
+	expect(this_cpu()->id || READ_ONCE(*seen) == before + 1, "evtchn: not raised at once");
+	preempt_enable();
 	expect_one_event(seen, before);
 }
 
@@ -90,7 +94,11 @@ static void unmask_raised(void)
 	u64 before = kept_seen;
 
 	expect(is_pending(kept_irq), "evtchn: a pending event got lost");
+	preempt_disable();
 	unmask_evtchn(evtchn_from_irq(kept_irq));
+	expect(this_cpu()->id || READ_ONCE(kept_seen) == before + 1,
+	       "evtchn: not raised by unmasking");
+	preempt_enable();
 	expect_one_event(&kept_seen, before);
 }
 
@@ -123,7 +131,7 @@ static void evtest_cancel(void)
 static void evtest_resume(void)
 {
 	struct evtchn_status status = { .dom = DOMID_SELF };
-	int irq = kept_irq;
+	int irq = kept_irq, dead = given_up_irq;
 
 	expect(!evtchn_from_irq(kept_irq) && !evtchn_from_irq(given_up_irq),
 	       "evtchn: a port of the old domain");
@@ -137,6 +145,7 @@ static void evtest_resume(void)
 	expect(status.vcpu == 0, "evtchn: a new port is not CPU 0's");
 	raise(irq, &kept_seen);
 	bind_given_up();
+	expect(given_up_irq == dead, "evtchn: an irq that was unbound is not free");
 	printk("EVTCHN new: irq %d port %u\n", irq, evtchn_from_irq(irq));
 }
 
