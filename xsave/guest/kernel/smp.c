@@ -16,6 +16,7 @@
 #include "sched.h"
 #include "smp.h"
 #include "traps.h"
+#include "vcpu.h"
 
 #define IOPL1 0x1000		/* in rflags: what PV kernels ask for */
 
