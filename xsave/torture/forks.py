@@ -13,10 +13,11 @@ import signal
 from collections.abc import Callable
 from typing import NoReturn, TypeVar
 
-from xsave.errors import GuestStateError
+from xsave.errors import GuestStateError, XsaveError
 
 T = TypeVar("T")
 _PR_SET_PDEATHSIG = 1
+_GOOD, _REFUSED, _BUG = range(3)
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -44,13 +45,15 @@ def _child(parent: int, into: int, function: Callable[[], object]) -> NoReturn:
         os._exit(0)
 
 
-def _outcome(function: Callable[[], object]) -> tuple[bool, object]:
+def _outcome(function: Callable[[], object]) -> tuple[int, object]:
     try:
-        return True, function()
+        return _GOOD, function()
+    except XsaveError as problem:
+        return _REFUSED, str(problem)
     except BaseException as problem:  # noqa: BLE001 - raised again where the answer is wanted
         import traceback
 
-        return False, "".join(traceback.format_exception(problem))
+        return _BUG, "".join(traceback.format_exception(problem))
 
 
 def answer(pid: int, out: int) -> object:
@@ -60,8 +63,10 @@ def answer(pid: int, out: int) -> object:
     os.waitpid(pid, 0)
     if not data:
         raise GuestStateError(f"process {pid} of the torture was killed")
-    good, value = pickle.loads(data)
-    if not good:
+    kind, value = pickle.loads(data)
+    if kind == _REFUSED:
+        raise GuestStateError(value)
+    if kind == _BUG:
         raise RuntimeError(value)
     return value
 

@@ -20,7 +20,7 @@ PLACES = ("set_entry", "flush_mmu_updates", "flush_calls", "pin_op", "mm_unpin",
 THREADS = 2
 FREEZE_TIMEOUT_S = 2
 #: Of a cell.
-DEFAULT_POINTS, QUICK_POINTS = 1000, 10
+DEFAULT_POINTS, QUICK_POINTS = 1000, 6
 
 
 @dataclass(frozen=True)
@@ -68,11 +68,15 @@ class Cell:
             raise UsageError(f"{name!r} is no cell: expected one like full-off-on-1")
         return cls(parts[0], parts[1] == "on", parts[2] == "on", int(parts[3]))
 
+    def threads(self, settings: Settings) -> int:
+        """How many threads make address spaces: at least one on each vCPU."""
+        return max(settings.threads, self.vcpus)
+
     def command_line(self, settings: Settings) -> str:
         """What the guest's kernel is told."""
         return (
             f"preempt={self.preempt} freezer={_on(self.freezer)} "
-            f"stop_machine={_on(self.stop_machine)} threads={settings.threads} touch=64K "
+            f"stop_machine={_on(self.stop_machine)} threads={self.threads(settings)} touch=64K "
             f"seed={settings.seed} freeze_timeout={FREEZE_TIMEOUT_S}"
         )
 

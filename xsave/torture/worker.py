@@ -24,7 +24,7 @@ from xsave.torture.window import Point
 Emit = Callable[[dict[str, Any]], None]
 _MOST_PLACES = 4
 #: Of the instructions that qualify, a quick run tries each so manieth.
-_QUICK_STEP = 11
+_QUICK_STEP = 17
 
 
 def work(
