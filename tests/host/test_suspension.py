@@ -31,6 +31,7 @@ class Request:
         self.domain = make_domain(self._machines.make())
         self.domain.never_run = False
         self.toolstack, sock = socket.socketpair()
+        self.toolstack.settimeout(5)
         self.client = SimpleNamespace(sock=sock)
         running = SimpleNamespace(domain=self.domain, holding=lambda: False)
         self.released = 0
