@@ -2,9 +2,8 @@
 
 The loop of a domain's process (xsave.host.process), in virtual time and with nobody to ask: the
 same guest goes the same way every time. It is also the adversary. `first` names a vCPU that runs
-as long as it can: another one gets a slice only when that one is blocked, has yielded or has used
-up a slice without either; so a vCPU that was left in the middle of something stays exactly there
-until the others wait for it.
+as long as it can: another one gets a slice only when that one is blocked, has yielded or spins; so
+a vCPU that was left in the middle of something stays exactly there until the others wait for it.
 """
 
 from __future__ import annotations
@@ -12,12 +11,15 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from xsave.guest.xen.context import Vcpu
-from xsave.guest.xen.hypervisor import Hypervisor
+from xsave.guest.xen.hypervisor import Hypercall, Hypervisor
 
 #: Instructions a vCPU may run without crossing into the hypervisor to wait.
 SLICE = 100_000
 FOR_EVER = 1 << 62
 _NO_END = 1 << 40
+#: After so many slices without a wait a vCPU is thought to spin for another one.
+_SPINS = 20
+_SCHED_OP, _YIELD = 29, 0
 
 
 class Clockwork:
@@ -29,7 +31,17 @@ class Clockwork:
         self.first: int | None = None
         self.held: set[int] = set()
         self._turn_of_others = False
+        self._yielded = False
+        self._nr_slices = 0  # whole ones, of the favoured vCPU, without a break
+        hv.table = hv.table | {_SCHED_OP: self._listen(hv.table[_SCHED_OP])}
         self.domain.clock.horizon_ns = FOR_EVER
+
+    def _listen(self, sched_op: Hypercall) -> Hypercall:
+        def call(hv: Hypervisor, vcpu: Vcpu, *arguments: int) -> int:
+            self._yielded |= arguments[0] == _YIELD
+            return sched_op(hv, vcpu, *arguments)
+
+        return call
 
     def serve(self) -> None:
         """What the domain's process does between two runs: the rings and the timers."""
@@ -45,10 +57,13 @@ class Clockwork:
         if vcpu is None:
             return self._jump()
         self.hv.switch_to(vcpu)
+        self._yielded = False
         self.hv.run(count)
         if not vcpu.blocked:
             self.domain.clock.slice()
-        self._turn_of_others = vcpu.id == self.first
+        waits = self._yielded or vcpu.blocked
+        self._nr_slices = 0 if waits or vcpu.id != self.first else self._nr_slices + 1
+        self._turn_of_others = vcpu.id == self.first and (waits or self._nr_slices == _SPINS)
         return True
 
     def step(self) -> None:
