@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from xsave.host.create import BUILTIN_KERNEL
-from xsave.torture.laboratory import Laboratory, make_directory
+from xsave.torture.inmemory import make_directory
+from xsave.torture.laboratory import Laboratory
 from xsave.torture.settings import Cell, Settings
 
 SETTINGS = Settings(kernel=str(BUILTIN_KERNEL), max_points=6)

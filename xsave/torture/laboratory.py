@@ -18,12 +18,9 @@ on both machines, and every later restore puts it into the same frames.
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -33,23 +30,23 @@ from xsave.guest.xen import cpuregs
 from xsave.guest.xen.cpuid import XEN_VERSION, CpuPolicy
 from xsave.guest.xen.cpuregs import RSP
 from xsave.guest.xen.domctl import DomainState
-from xsave.guest.xen.hypervisor import Hypervisor
 from xsave.guest.xen.machine import XEN_FRAMES
 from xsave.guest.xen.time import DEFAULT_TSC_KHZ
-from xsave.guest.xen.vcpu import Cpu
-from xsave.image.buffers import Buffer, Rows, Zeros, reader
+from xsave.image.buffers import Buffer
 from xsave.public import SHUTDOWN_SUSPEND
 from xsave.restore import restore
 from xsave.save import save
 from xsave.torture import forks
 from xsave.torture.clockwork import Clockwork
 from xsave.torture.door import Door
+from xsave.torture.inmemory import Source, as_bytes
 from xsave.torture.machine import PrivateMachine
 from xsave.torture.refusals import Refusals
 from xsave.torture.settings import Cell, Settings, Sweep, claimed_clean
 from xsave.torture.stale import Detector, Stale, mfns_in
 from xsave.torture.symbols import Symbols, read_symbols
 from xsave.torture.tasks import Tasks
+from xsave.torture.warmcpu import Crossings, WarmCpu
 from xsave.torture.window import LIFE_BEGINS, Gate, Window
 
 MEMORY_PAGES = 1024
@@ -68,46 +65,6 @@ _SUSPEND_TIMEOUT_NS = 4_000 * NS_PER_MS
 _BOOT_NS = 300 * NS_PER_MS
 _WARM_A_NS, _WARM_B_NS = 100 * NS_PER_MS, 300 * NS_PER_MS
 _LONGEST_LIFE_NS = 10_000 * NS_PER_MS
-
-
-class WarmCpu(Cpu):
-    """An emulated CPU that is powered on once, and later only put back into that state: a power
-    on drops all translated code, and a restored vCPU differs from the first one in registers."""
-
-    _cold: Any = None
-    _setting: tuple[object, ...] = ()
-
-    def power_on(self, cr3: int, cr4: int, xcr0: int, fpu: bytes, gdt_base: int) -> None:
-        setting = (cr4, xcr0, fpu, gdt_base)
-        if self._cold is not None and setting == self._setting:
-            self.unpark(self._cold, cr3)
-            return
-        super().power_on(cr3, cr4, xcr0, fpu, gdt_base)
-        self._cold, self._setting = self.park(None), setting
-
-
-class Crossings:
-    """Stands between a CPU that lives on and the hypervisor of the domain it has at the time."""
-
-    hv: Hypervisor
-
-    def syscall(self) -> None:
-        self.hv.syscall()
-
-    def exception(self, vector: int, error_code: int) -> None:
-        self.hv.exception(vector, error_code)
-
-    def software_interrupt(self, vector: int) -> None:
-        self.hv.software_interrupt(vector)
-
-    def invalid_opcode(self) -> bool:
-        return self.hv.invalid_opcode()
-
-    def cpuid(self) -> None:
-        self.hv.cpuid()
-
-    def rdtsc(self) -> int:
-        return self.hv.rdtsc()
 
 
 class Laboratory:
@@ -193,7 +150,7 @@ class Laboratory:
         pieces: list[bytes] = []
 
         def write(buffers: Iterable[Buffer]) -> None:
-            pieces.extend(map(_bytes, buffers))
+            pieces.extend(map(as_bytes, buffers))
 
         save(self.door, write, commit=lambda: None, leave="destroyed")
         return b"".join(pieces)
@@ -252,7 +209,7 @@ class Laboratory:
     def restore(self, image: bytes) -> tuple[Door, Clockwork, Refusals]:
         """Restore an image on B as `xsave restore` does, ready to run. Raises what that raises."""
         door = Door(self.b, GUEST_DOMID, "torture")
-        restore(_Source(image), lambda _name, _nr: door, paused=True, nr_frames=NR_FRAMES)
+        restore(Source(image), lambda _name, _nr: door, paused=True, nr_frames=NR_FRAMES)
         hv = door.xen
         domain = hv.domain
         domain.start()
@@ -306,34 +263,3 @@ class Laboratory:
         if self.door.xen.domain.shutdown_reason != SHUTDOWN_SUSPEND:
             self._alive("first suspend")
         return self.image()
-
-
-class _Source:
-    """An image in memory, for restore."""
-
-    def __init__(self, image: bytes) -> None:
-        self._read = reader(image)
-        self.position = 0
-
-    def read(self, n: int) -> memoryview:
-        piece = self._read(n)
-        self.position += len(piece)
-        return piece
-
-    def zero_pages(self, offset: int, nr_pages: int) -> np.ndarray | None:
-        return None
-
-
-def _bytes(buffer: Buffer) -> bytes:
-    if isinstance(buffer, Zeros):
-        return bytes(buffer.nbytes)
-    if isinstance(buffer, Rows):
-        return bytes(buffer.gather())
-    return bytes(buffer)
-
-
-def make_directory() -> tempfile.TemporaryDirectory[str]:
-    """A directory for what a domain's process keeps in files: its console goes nowhere."""
-    directory = tempfile.TemporaryDirectory(prefix="xsave-torture-")
-    os.symlink(os.devnull, Path(directory.name) / "console.log")  # noqa: PTH211
-    return directory

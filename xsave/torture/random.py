@@ -10,7 +10,8 @@ from typing import Any
 
 from xsave.errors import GuestStateError
 from xsave.torture import forks
-from xsave.torture.laboratory import Laboratory, make_directory
+from xsave.torture.inmemory import make_directory
+from xsave.torture.laboratory import Laboratory
 from xsave.torture.point import FATES, Memo, attempt
 from xsave.torture.settings import ON_OFF, Cell, Settings
 from xsave.torture.stale import live

@@ -10,7 +10,8 @@ import capstone
 
 from xsave.errors import UsageError
 from xsave.torture import forks
-from xsave.torture.laboratory import Laboratory, make_directory
+from xsave.torture.inmemory import make_directory
+from xsave.torture.laboratory import Laboratory
 from xsave.torture.point import Outcome, attempt
 from xsave.torture.settings import Settings, Sweep
 from xsave.torture.window import Point

@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 
 from xsave.torture import forks
-from xsave.torture.laboratory import Laboratory, make_directory
+from xsave.torture.inmemory import make_directory
+from xsave.torture.laboratory import Laboratory
 from xsave.torture.plan import choose
 from xsave.torture.point import FINE, LUCK, Memo, Outcome, attempt
 from xsave.torture.settings import Settings, Sweep
