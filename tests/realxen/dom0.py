@@ -80,6 +80,9 @@ def _fill(root, kernel, version):
             (modules / f"{module}.ko").write_bytes(content)
             order.append(module)
     (modules / "order").write_text("\n".join([*order, ""]))
+    for name in ("lib", "lib64"):  # newer packages leave these links to base-files
+        if not (root / name).exists():
+            (root / name).symlink_to(f"usr/{name}")
     if not (root / "bin/busybox").exists():
         (root / "bin").mkdir(exist_ok=True)
         shutil.copy(root / "usr/bin/busybox", root / "bin/busybox")

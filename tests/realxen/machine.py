@@ -55,7 +55,11 @@ class RealXen:
             command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
             stderr=(directory / "qemu.err").open("w"),
         )  # fmt: skip
-        self._await(self.share / "ready", BOOT_TIMEOUT_S, "dom0 does not come up")
+        try:
+            self._await(self.share / "ready", BOOT_TIMEOUT_S, "dom0 does not come up")
+        except BaseException:
+            self.stop()
+            raise
 
     def _await(self, path, seconds, complaint):
         deadline = time.monotonic() + seconds
