@@ -56,7 +56,9 @@ LAYERS = {
     "xsave.save": FLOW | {"xsave.p2m", "xsave.gathering"},
     "xsave.gathering": FLOW,
     "xsave.restore": FLOW
-    | {"xsave.guest.xen.cpuid", "xsave.p2m", "xsave.parts", "xsave.placing", "xsave.settling"},
+    | {"xsave.guest.xen.cpuid", "xsave.p2m", "xsave.parts", "xsave.placing", "xsave.settling"}
+    | {"xsave.domconfig"},
+    "xsave.domconfig": {"xsave.image"},
     "xsave.parts": {"xsave.image"},
     "xsave.placing": FLOW,
     "xsave.settling": FLOW | {"xsave.parts", "xsave.placing"},

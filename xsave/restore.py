@@ -11,13 +11,13 @@ libxc, page tables are localised at the end, when the last type of every pfn is 
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 
+from xsave.domconfig import read_config, renamed
 from xsave.errors import HostCannotTake, ImageError, UsageError
 from xsave.guest.xen.cpuid import missing_features
 from xsave.guest.xen.domctl import DomainInfo, DomainState, Domctl
@@ -28,7 +28,6 @@ from xsave.p2m import largest
 from xsave.parts import Parts
 from xsave.placing import Memory
 from xsave.progress import Finished, Pages, Report, Stage, ignore
-from xsave.public import XEN_LEGACY_MAX_VCPUS
 from xsave.settling import settle_domain
 
 _AVX_STATE = 1 << 2
@@ -223,73 +222,21 @@ class Reader:
             )
 
     def _begin(self, p2m_size: int) -> None:
-        settings = self._settings()
-        name = self._name or settings["name"]
+        config = read_config(self._parts.config)
+        name = self._name or config.name
         if not name:
             raise UsageError("the image carries no name: give one with --name")
-        self._rename(name, settings["name"])
-        self._domctl = self._make_domain(
-            name + self._suffix, min(p2m_size, settings["pages"] or p2m_size)
-        )
+        self._parts.config = renamed(self._parts.config, name)
+        max_pages = config.pages or p2m_size
+        self._domctl = self._make_domain(name + self._suffix, min(p2m_size, max_pages))
         self._domctl.begin(
-            nr_vcpus=settings["vcpus"],
-            max_pages=settings["pages"] or p2m_size,
-            target_pages=settings["target"],
-            deterministic=settings["deterministic"] is not None,
-            builtin=settings["builtin"],
+            nr_vcpus=config.nr_vcpus,
+            max_pages=max_pages,
+            target_pages=config.target_pages,
+            deterministic=config.deterministic,
+            builtin=config.builtin,
         )
         self._memory = Memory(self._domctl, p2m_size)
-
-    def _settings(self) -> dict[str, Any]:
-        """Read what matters here out of the config JSON; anything odd in it counts as absent."""
-        try:
-            config = json.loads(self._parts.config or b"{}")
-        except (ValueError, RecursionError) as e:
-            raise ImageError(
-                f"the configuration is no JSON ({e})",
-                offset=xl.CONFIG_OFFSET,
-                record=xl.XlHeader.NAME,
-            ) from e
-
-        def get(*path: str) -> Any:
-            value: Any = config
-            for key in path:
-                value = value.get(key) if isinstance(value, dict) else None
-            return value
-
-        def pages(key: str) -> int | None:
-            kib = get("b_info", key)
-            return kib // 4 if isinstance(kib, int) and 4 <= kib < 1 << 40 else None
-
-        vcpus = get("b_info", "max_vcpus")
-        name = get("c_info", "name")
-        return {
-            "name": name if isinstance(name, str) else "",
-            "pages": pages("max_memkb"),
-            "target": pages("target_memkb"),
-            "vcpus": vcpus if isinstance(vcpus, int) else XEN_LEGACY_MAX_VCPUS,
-            "deterministic": get("xsave", "deterministic"),
-            "builtin": get("xsave", "guest") == "builtin",
-        }
-
-    def _rename(self, name: str, old: str) -> None:
-        """Keep the config's bytes as they are unless the name is another."""
-        if name == old:
-            return
-        config = json.loads(self._parts.config or b"{}")
-        if not isinstance(config, dict):
-            config = {}
-        info = config.setdefault("c_info", {})
-        if not isinstance(info, dict):
-            raise ImageError(
-                "the configuration's c_info is no object",
-                offset=xl.CONFIG_OFFSET,
-                record=xl.XlHeader.NAME,
-            )
-        info.setdefault("type", "pv")
-        info["name"] = name
-        config.setdefault("b_info", {"type.pv": {}})
-        self._parts.config = json.dumps(config, indent=4).encode() + b"\n"
 
     def _page_data(self, item: Item) -> None:
         batch: PageBatch = item.value

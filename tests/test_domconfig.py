@@ -1,0 +1,55 @@
+"""The configuration in an image: whatever it is, a restore reads it without a surprise."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from xsave.domconfig import read_config, renamed
+from xsave.errors import ImageError
+
+anything = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=9),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(
+            st.sampled_from(["c_info", "b_info", "xsave", "name", "max_memkb", "max_vcpus"]), inner
+        )
+    ),
+    max_leaves=9,
+)
+
+
+@given(anything)
+def test_what_is_odd_counts_as_absent(config):
+    """Any JSON gives a configuration of the right types."""
+    found = read_config(json.dumps(config).encode())
+    assert isinstance(found.name, str)
+    assert isinstance(found.nr_vcpus, int)
+    assert found.pages is None or found.pages > 0
+
+
+@given(anything, st.text(min_size=1, max_size=9))
+def test_a_name_is_changed_and_nothing_else(config, name):
+    """The new text has the name and all else of the old one; with the old name it is the same."""
+    text = json.dumps(config).encode()
+    try:
+        new = renamed(text, name)
+    except ImageError as error:
+        assert "c_info" in str(error)
+        return
+    assert read_config(new).name == name
+    assert renamed(new, name) is new
+    if isinstance(config, dict):
+        rest = {key: value for key, value in config.items() if key not in ("c_info", "b_info")}
+        assert rest.items() <= json.loads(new).items()
+
+
+@pytest.mark.parametrize("text", [b"{", b"[" * 100_000, b"\xff", b'{"c_info": nope}'])
+def test_what_is_no_json_is_refused(text):
+    """One error that says where the configuration is."""
+    with pytest.raises(ImageError, match=r"no JSON.*offset"):
+        read_config(text)
