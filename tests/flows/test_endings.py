@@ -112,24 +112,18 @@ def test_a_rebooted_guest_is_saved(host, tmp_path):
 
 
 def test_a_deterministic_reboot(xsave_home, host):
-    """Two guests with the same commands also reboot alike, and no further than they may run."""
+    """Two guests with the same commands also reboot alike: what one wrote so far, the other one
+    writes too."""
     hosts = [host, add_host("b", 64 << 20, seed=77)]
     for one in hosts:
         create(one, deterministic=3)
         ask(one, "reboot")
         rebooted(one)
-    texts = [console_when_still(one) for one in hosts]
-    assert texts[0] == texts[1]
-    assert ticks(texts[0].rpartition("again")[2])
+    shorter, longer = sorted((console(one) for one in hosts), key=len)
+    assert longer.startswith(shorter)
+    assert ticks(shorter.rpartition("again")[2])
     for one in hosts:
         destroy(one)
-
-
-def console_when_still(host):
-    """A request that waits for the horizon has been answered: nothing moves any more."""
-    with host.find("g") as domctl:
-        domctl.set_target(domctl.info().memory_bytes >> 12)
-    return wait_for(lambda: (text := console(host)) == console(host) and text)
 
 
 @pytest.mark.parametrize(

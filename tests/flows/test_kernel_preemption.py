@@ -58,8 +58,7 @@ def test_a_suspend_takes_the_cpu_from_a_spinning_thread(host, tmp_path):
     create(host, cmdline="preempt=full freezer=off spin=20000")
     begins_to_spin(host)
     save(host, tmp_path / "img", leave="running")
-    text = console(host)
-    assert "RESUME cancelled" in text
+    text = wait_for(lambda: "RESUME cancelled" in (text := console(host)) and text)
     assert "SPIN ends" not in text
     destroy(host)
 
