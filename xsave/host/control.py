@@ -86,6 +86,14 @@ class Control:
         self._outbox.append(data)
         os.eventfd_write(self._own_fd, 1)
 
+    def drain(self, seconds: float) -> None:
+        """Wait, so long at most, until attached consoles have heard all: the end is near."""
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline:
+            if not self._outbox and not any(c.outbox for c in list(self._clients)):
+                return
+            time.sleep(_TICK_S)
+
     # -- the thread ---
 
     def _serve(self) -> None:
@@ -153,10 +161,11 @@ class Control:
     def _distribute(self) -> None:
         os.eventfd_read(self._own_fd)
         while self._outbox:
-            data = self._outbox.popleft()
+            data = self._outbox[0]
             for client in [c for c in self._clients if c.console]:
                 client.outbox += data[: (1 << 20) - len(client.outbox)]
                 self._flush(client)
+            self._outbox.popleft()  # not before the clients have it: see drain()
 
     def _flush(self, client: Client) -> None:
         try:

@@ -36,6 +36,8 @@ GRACE_BUILTIN_S = 0.002
 GRACE_FOREIGN_S = 0.1
 _NS_PER_S = 1_000_000_000
 _LONGEST_WAIT_S = 3600.0
+#: How long a domain that ends waits for who reads its console.
+_LAST_WORDS_S = 1.0
 
 
 class DomainProcess:
@@ -96,6 +98,7 @@ class DomainProcess:
                 self._wait(self._operations.deadline_s())
             else:
                 self._run_guest()
+        self._control.drain(_LAST_WORDS_S)
 
     def _runnable(self) -> bool:
         return (
