@@ -95,7 +95,7 @@ def test_a_suspended_guest_cannot_touch_shared_info(host, tmp_path, outcome):
     end_suspend(host, tmp_path / "img", outcome)
     ticked(host, 1 if outcome == "new" else 6)
     with host.find("g") as domctl:
-        assert mappings(domctl, domctl.state().shared_info_mfn) == 1
+        wait_for(lambda: mappings(domctl, domctl.state().shared_info_mfn) == 1)
     assert pointer(host, "HYPERVISOR_shared_info") == mapped != SYMBOLS["dummy_shared_info"]
 
 
