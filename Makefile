@@ -13,6 +13,9 @@ BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check -q install
 
 XEN ?= 4.17
+# The tests of a file stay together, on one of as many workers as there are CPUs, 4 at most.
+WORKERS ?= $(shell nproc | awk '{ print $$1 < 4 ? $$1 : 4 }')
+PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 .PHONY: demo test test-fast test-realxen check clean
 
@@ -20,10 +23,10 @@ demo: $(VENV)/run.stamp
 	@$(BIN)/xsave demo
 
 test: $(VENV)/test.stamp
-	@$(BIN)/python -m pytest $(PYTEST_ARGS)
+	@$(PYTEST) $(PYTEST_ARGS)
 
 test-fast: $(VENV)/test.stamp
-	@$(BIN)/python -m pytest -m "not slow" $(PYTEST_ARGS)
+	@$(PYTEST) -m "not slow" $(PYTEST_ARGS)
 
 test-realxen: $(VENV)/test.stamp
 	@XSAVE_REALXEN="$(XEN)" $(BIN)/python -m pytest tests/realxen $(PYTEST_ARGS)
