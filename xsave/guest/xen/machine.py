@@ -154,7 +154,8 @@ class Machine:
         """Give `nr` free frames to domid; return their mfns, shuffled, (nr,) u64. All are zero."""
         with self.lock():
             free = self.owner == DOMID_FREE
-            mfns = _pick_shuffled(free, nr, np.random.default_rng(self.header[:2].copy()))
+            seed = _hash64(_hash64(self.header[:1]) + self.header[1:2])
+            mfns = _pick_shuffled(free, nr, seed)
             if mfns is None:
                 raise OutOfFrames(wanted=nr, free=int(np.count_nonzero(free)), host=self.name)
             self.header[1] += np.uint64(1)
@@ -227,18 +228,38 @@ def _write_all(fd: int, left: np.ndarray, position: int) -> None:
         left = behind(left, written)
 
 
-def _pick_shuffled(free: np.ndarray, nr: int, rng: np.random.Generator) -> np.ndarray | None:
-    """Choose nr of the free frames: chunks in random order, shuffled inside each chunk."""
+def _pick_shuffled(free: np.ndarray, nr: int, seed: np.ndarray) -> np.ndarray | None:
+    """Choose nr of the free frames: chunks in random order, shuffled inside each chunk.
+
+    By a hash, not by numpy.random: that takes longer to load than a guest to be given frames.
+    """
     padded = np.zeros(-(-free.size // CHUNK_FRAMES) * CHUNK_FRAMES, bool)
     padded[: free.size] = free
-    per_chunk = padded.reshape(-1, CHUNK_FRAMES).sum(axis=1)
-    order = rng.permutation(per_chunk.size)
+    per_chunk = padded.reshape(-1, CHUNK_FRAMES).view(np.uint8).sum(axis=1, dtype=np.uint32)
+    keys = _hash64(np.arange(per_chunk.size, dtype=np.uint64) + seed)
+    order = np.argsort(keys)
     running = np.cumsum(per_chunk[order])
     if nr > running[-1]:
         return None
     order = order[: int(np.searchsorted(running, nr)) + 1]
-    inside = rng.permuted(
-        np.broadcast_to(np.arange(CHUNK_FRAMES), (order.size, CHUNK_FRAMES)), axis=1
-    )
-    frames = (order[:, None] * CHUNK_FRAMES + inside).reshape(-1)
+    frames = (order[:, None] * CHUNK_FRAMES + _shuffled_chunks(keys[order])).reshape(-1)
     return frames[padded[frames]][:nr].astype(np.uint64)
+
+
+def _shuffled_chunks(keys: np.ndarray) -> np.ndarray:
+    """Return for each key (n,) u64 a permutation of 0 to 511, (n, 512): rounds that can be undone
+    (times an odd number, plus a number, xor with its own upper bits), modulo 512."""
+    indices = np.broadcast_to(np.arange(CHUNK_FRAMES, dtype=np.uint16), (keys.size, CHUNK_FRAMES))
+    for shift, bits in ((5, 0), (4, 18), (5, 36)):
+        factor = (keys >> np.uint64(bits)).astype(np.uint16)[:, None] | np.uint16(1)
+        summand = (keys >> np.uint64(bits + 9)).astype(np.uint16)[:, None]
+        indices = (indices * factor + summand) & np.uint16(CHUNK_FRAMES - 1)
+        indices ^= indices >> np.uint16(shift)
+    return indices
+
+
+def _hash64(x: np.ndarray) -> np.ndarray:
+    """The finaliser of SplitMix64: every bit of x (u64) changes about half of the result's."""
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
