@@ -26,7 +26,7 @@ from xsave.errors import EXIT_CODES, UsageError, XsaveError
 
 #: Command -> where it is, below xsave.commands.
 COMMANDS = {
-    "create": "domain:create",
+    "create": "create:create",
     "list": "domain:list_domains",
     "info": "host:info",
     "console": "terminal:console",
