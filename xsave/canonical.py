@@ -77,11 +77,16 @@ def canonicalise(
     return Canonicalised(np.where(present & valid, pfns, out), deferred, bad)
 
 
+def named_pfns(tables: np.ndarray) -> np.ndarray:
+    """Return the pfns in the present entries of canonical tables, one for each, in order."""
+    pfns: np.ndarray = (tables[(tables & _PRESENT) != 0] & _FRAME) >> _SHIFT
+    return pfns
+
+
 def referenced_pfns(tables: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return (rows, slots, pfns) of the present entries of canonical tables."""
-    present = np.flatnonzero((tables & _PRESENT) != 0)
-    rows, slots = np.divmod(present, tables.shape[1])
-    return rows, slots, (tables.reshape(-1)[present] & _FRAME) >> _SHIFT
+    rows, slots = np.nonzero(tables & _PRESENT)
+    return rows, slots, named_pfns(tables)
 
 
 def localise(tables: np.ndarray, p2m: np.ndarray) -> np.ndarray:

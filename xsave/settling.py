@@ -13,7 +13,7 @@ from typing import NoReturn
 
 import numpy as np
 
-from xsave.canonical import local_p2m, localise, referenced_pfns
+from xsave.canonical import local_p2m, localise, named_pfns, referenced_pfns
 from xsave.errors import HostCannotTake, ImageError
 from xsave.frames import INVALID_P2M_ENTRY, PAGE_SHIFT, PAGE_SIZE, PTE_PSE, TYPE_PIN, PageType
 from xsave.guest.xen.domctl import DomainState, Domctl, VcpuState
@@ -64,43 +64,43 @@ class Settler:
         memory, machine = self._memory, self._machine
         levels, pfns = table_levels(memory.types), memory.table_pfns()
         tables = machine.mem[memory.p2m[pfns]]
-        rows, slots, targets = referenced_pfns(tables)
-        self._check_entries(tables, levels, pfns, rows, slots, targets)
+        targets = named_pfns(tables)
+        if (targets >= np.uint64(memory.p2m.size)).any():
+            self._refuse_outside(tables, pfns)
+        upper = levels[pfns] > 1
+        self._check_upper(tables[upper], levels, pfns[upper])
         named = np.zeros(memory.p2m.size, bool)
         named[targets] = True
         memory.populate(np.flatnonzero(named))
         machine.mem[memory.p2m[pfns]] = localise(tables, memory.p2m)
 
-    def _check_entries(
-        self,
-        tables: np.ndarray,
-        levels: np.ndarray,
-        pfns: np.ndarray,
-        rows: np.ndarray,
-        slots: np.ndarray,
-        targets: np.ndarray,
-    ) -> None:
-        """levels are those of all pfns. Entry i: slot slots[i] of the table at pfns[rows[i]]."""
+    def _refuse_outside(self, tables: np.ndarray, pfns: np.ndarray) -> NoReturn:
+        """Name the first entry of the tables at pfns that leads out of the p2m."""
         size = self._memory.p2m.size
-        expected = f"a pfn below {size:#x}"
+        rows, slots, targets = referenced_pfns(tables)
+        first = np.flatnonzero(targets >= np.uint64(size))[0]
+        row, slot = int(rows[first]), int(slots[first])
+        found = f"{int(tables[row, slot]):#x}"
+        what, expected = "a pfn outside the p2m", f"a pfn below {size:#x}"
+        self._refuse_entry(int(pfns[row]), slot, what, expected, found)
 
-        def refuse(entry: int, what: str, *more: str) -> NoReturn:
-            row, slot = rows[entry], slots[entry]
-            found = (f"{int(tables[row, slot]):#x}",) if more else ()
-            self._refuse_entry(int(pfns[row]), int(slot), what, *more, *found)
-
-        outside = np.flatnonzero(targets >= np.uint64(size))
-        if outside.size:
-            refuse(outside[0], "a pfn outside the p2m", expected)
-        upper = np.flatnonzero(levels[pfns][rows] > 1)
-        superpages = upper[(tables[rows[upper], slots[upper]] & np.uint64(PTE_PSE)) != 0]
+    def _check_upper(self, tables: np.ndarray, levels: np.ndarray, pfns: np.ndarray) -> None:
+        """Entries of upper tables (n, 512), at pfns (n,), must lead to tables of the level below;
+        levels are those of all pfns."""
+        rows, slots, targets = referenced_pfns(tables)
+        entries = tables[rows, slots]
+        superpages = np.flatnonzero(entries & np.uint64(PTE_PSE))
         if superpages.size:
-            refuse(superpages[0], "a superpage", expected)
-        below = levels[pfns[rows[upper]]] - 1
-        wrong = np.flatnonzero(levels[targets[upper]] != below)
+            row, slot = int(rows[superpages[0]]), int(slots[superpages[0]])
+            expected = f"a pfn below {self._memory.p2m.size:#x}"
+            found = f"{int(entries[superpages[0]]):#x}"
+            self._refuse_entry(int(pfns[row]), slot, "a superpage", expected, found)
+        below = levels[pfns[rows]] - 1
+        wrong = np.flatnonzero(levels[targets] != below)
         if wrong.size:
-            entry, level = upper[wrong[0]], below[wrong[0]]
-            refuse(entry, f"pfn {targets[entry]:#x}, which is no page table of level {level}")
+            row, slot = int(rows[wrong[0]]), int(slots[wrong[0]])
+            what = f"pfn {targets[wrong[0]]:#x}, which is no page table of level {below[wrong[0]]}"
+            self._refuse_entry(int(pfns[row]), slot, what)
 
     def _refuse_entry(
         self,

