@@ -15,7 +15,7 @@ Facts that cost hours, and where they show here:
   the host's TSC now and then: cr4.TSD makes the instruction fault instead, as Xen can do too;
 * port I/O never faults, whatever the privileges: reads are answered, all ones as no device does;
 * `emu_start(until)` with an unmapped address leaves a hidden fault behind: 0 is used;
-* counted runs and free runs must not be mixed: a machine is one or the other for its life;
+* what is translated for counted runs is another code than for free ones: a change drops all of it;
 * stores by the host into code are not noticed: `forget_code` (ctl_remove_cache takes virtual
   addresses of the moment, so it cannot be used for a frame).
 """
@@ -88,7 +88,11 @@ class Cpu:
         self.q = self.state.q
         self._word = ctypes.c_uint64(0)
         self._word_ref = ctypes.byref(self._word)
+        flag = cpuregs.locate_stop_flag(self._handle.value, uclib.uc_context_size(self._handle))
+        self._between_blocks = ctypes.c_uint8.from_address(flag)
+        self._between_blocks.value = 1
         self._counted = False
+        self._watches = 0
         self._reset = self._uc.context_save()  # CPL 0, paging off: where every vCPU starts
         self._bringing_up = True
         self.handler = handler
@@ -178,8 +182,7 @@ class Cpu:
         for register in ("rax", "rcx", "rdx", "rdi"):
             value = registers.get(register, 0)
             self._uc.reg_write(getattr(x86, "UC_X86_REG_" + register.upper()), value)
-        self._uc.ctl_flush_tb()
-        self._counted = False
+        self._forget_code(counted=False)
         self._uc.emu_start(base, base + len(code))
 
     def _load_fpu(self, area: bytes, xcr0: int) -> None:
@@ -205,16 +208,24 @@ class Cpu:
 
     def run(self, count: int = 0) -> None:
         """Run from the current rip until stop(); count > 0: exactly that many instructions."""
-        if count and not self._counted:
-            self._uc.ctl_flush_tb()
-            self._counted = True
+        if bool(count) != self._counted:
+            self._forget_code(counted=bool(count))
         try:
             self._uc.emu_start(self.q[cpuregs.RIP], 0, 0, count)
         except UcError as e:
             raise EmulatorFault(str(e)) from e
 
+    def _forget_code(self, *, counted: bool) -> None:
+        """Drop all translations, and translate for counted runs, or for free ones, from now on.
+
+        A free run may be stopped between two blocks only (see cpuregs.py); a count, and a hook on
+        single instructions, end a run in the middle of a block, where it must then be looked."""
+        self._counted = counted
+        self._between_blocks.value = 0 if counted or self._watches else 1
+        self._uc.ctl_flush_tb()
+
     def stop(self) -> None:
-        """End run(): exact from a hook; from another thread at the next block boundary."""
+        """End run(): exact from a hook; from another thread before the next block, exactly too."""
         uclib.uc_emu_stop(self._handle)
 
     def watch(self, first: int, last: int, see: Callable[[int], None]) -> Callable[[], None]:
@@ -223,11 +234,13 @@ class Cpu:
         handle = self._uc.hook_add(
             UC_HOOK_CODE, lambda _uc, rip, _size, _data: see(rip), None, first, last
         )
-        self._uc.ctl_flush_tb()
+        self._watches += 1
+        self._forget_code(counted=self._counted)
 
         def end() -> None:
             self._uc.hook_del(handle)
-            self._uc.ctl_flush_tb()
+            self._watches -= 1
+            self._forget_code(counted=self._counted)
 
         return end
 

@@ -1,0 +1,137 @@
+"""Stops from another thread: wherever they hit, no instruction is lost and none is done twice."""
+
+from __future__ import annotations
+
+import struct
+import threading
+import time
+
+import pytest
+
+from tests.guest.rig import MIB, Guest
+from xsave.guest.xen import cpuregs
+from xsave.guest.xen.cpuregs import R12, RSP, UnsupportedEmulator
+
+DATA, OTHER_CODE = 4, 5
+SLICES = 60
+#: Each changes memory by what it finds there: done twice, it shows. rdi points at the counters.
+READ_AND_WRITE = bytes.fromhex(
+    "48830701"  # add qword [rdi], 1
+    "48ff4708"  # inc qword [rdi + 8]
+    "f048834710 01"  # lock add qword [rdi + 16], 1
+    "f9 4883572000"  # stc; adc qword [rdi + 32], 0
+    "53 8f4718"  # push rbx; pop qword [rdi + 24]
+    "b801000000 480fc14728"  # mov eax, 1; xadd [rdi + 40], rax
+)
+#: mov [rsi], ebx; call rdx; add r12, rax: rdx points at `mov eax, imm; ret`, rsi at the imm.
+PATCH_AND_CALL = bytes.fromhex("891e ffd2 4901c4")
+FUNCTION = b"\xb8\0\0\0\0\xc3"
+
+
+def loop(body):
+    """`body` rbx times."""
+    body += b"\x48\xff\xcb"  # dec rbx
+    return body + b"\x0f\x85" + struct.pack("<i", -(len(body) + 6))  # jnz
+
+
+@pytest.fixture
+def guest(machines):
+    guest = Guest(machines.make(16 * MIB))
+    guest.power_on()
+    return guest
+
+
+def run_with_stops(guest, code, **registers):
+    """Run to the end, stopped again and again meanwhile; return how often."""
+    over = threading.Event()
+
+    def stop():
+        while not over.is_set():
+            guest.hv.cpu.stop()
+            time.sleep(0.0003)
+
+    thread = threading.Thread(target=stop)
+    thread.start()
+    slices = 1
+    try:
+        guest.run(code, **registers)
+        while guest.hv.stopped_at < 0:
+            guest.hv.run()
+            slices += 1
+    finally:
+        over.set()
+        thread.join()
+    return slices
+
+
+def counters(guest):
+    return struct.unpack("<6Q", guest.peek(DATA, 0, 48))
+
+
+def test_reading_and_writing_instructions_are_done_once(guest):
+    """Instructions that read memory and write it, whatever their form, are done as often as the
+    loop says, although the run was ended in the midst of them many times."""
+    turns, slices = 0, 0
+    while slices < SLICES:
+        slices += run_with_stops(guest, loop(READ_AND_WRITE), rbx=100_000, rdi=guest.va(DATA))
+        turns += 100_000
+    added, incremented, locked, popped, carried, exchanged = counters(guest)
+    assert {added, incremented, locked, carried, exchanged} == {turns}
+    assert popped == 1
+    assert guest.hv.q[RSP] == guest.va(2)
+
+
+@pytest.mark.parametrize("page", [0, OTHER_CODE], ids=["own page", "another page"])
+def test_code_that_patches_itself_is_not_confused(guest, page):
+    """Code that rewrites a function before each call of it, as Linux does at boot with its
+    alternatives, gets what it wrote, each time, and counts right."""
+    address = guest.va(page, 0x800)
+    guest.poke(page, 0x800, FUNCTION)
+    expected, turns, slices = 0, 0, 0
+    guest.hv.q[R12] = 0
+    while slices < SLICES:
+        slices += run_with_stops(
+            guest,
+            loop(READ_AND_WRITE + PATCH_AND_CALL),
+            rbx=3000,
+            rdi=guest.va(DATA),
+            rsi=address + 1,
+            rdx=address,
+        )
+        turns += 3000
+        expected += 3000 * 3001 // 2
+    assert guest.hv.q[R12] == expected
+    assert set(counters(guest)) == {turns, 1}
+
+
+def test_a_count_and_a_watch_end_a_run_in_the_midst_of_a_block(guest):
+    """What needs to look at single instructions still can: before, after and between free runs."""
+    code = b"\x90" * 20
+    cpu, q, start = guest.hv.cpu, guest.hv.q, guest.va(0)
+    assert guest.run(code) == start + 20
+    q[cpuregs.RIP] = start
+    cpu.run(7)
+    assert q[cpuregs.RIP] == start + 7
+    seen = []
+
+    def see(rip):
+        seen.append(rip)
+        if rip == start + 9:
+            cpu.stop()
+
+    end = cpu.watch(start + 8, start + 9, see)
+    cpu.run()
+    end()
+    assert (q[cpuregs.RIP], seen) == (start + 9, [start + 8, start + 9])
+    assert guest.run(code) == start + 20
+    assert run_with_stops(guest, loop(READ_AND_WRITE), rbx=50_000, rdi=guest.va(DATA))
+    assert counters(guest)[0] == 50_000
+
+
+def test_another_layout_is_noticed(guest):
+    """If the flag is not where it is in the known release, nothing is written anywhere."""
+    handle = guest.hv.cpu._handle.value
+    with pytest.raises(UnsupportedEmulator):
+        cpuregs.locate_stop_flag(handle, 12345)
+    with pytest.raises(UnsupportedEmulator):
+        cpuregs.locate_stop_flag(0x1000, 5608)
