@@ -199,10 +199,16 @@ class Ticker:
         due: Callable[[], bool],
         stop: Callable[[], None],
     ) -> None:
-        self.grace_s = grace_s
+        self._grace_s = grace_s
         self._crossings, self._wanted, self._kick = crossings, wanted, kick
         self._due, self._stop = due, stop
         self.running = threading.Event()
+        self._lock = threading.Lock()
+
+    def rest(self) -> None:
+        """The guest does not run any more: when this returns, nothing is stopped late."""
+        with self._lock:
+            self.running.clear()
 
     def start(self) -> None:
         threading.Thread(target=self._tick, name="ticker", daemon=True).start()
@@ -217,5 +223,7 @@ class Ticker:
             crossings = self._crossings()
             if crossings != seen or not self._due():
                 seen, since = crossings, time.monotonic()
-            elif time.monotonic() - since >= self.grace_s and self.running.is_set():
-                self._stop()
+            elif time.monotonic() - since >= self._grace_s:
+                with self._lock:
+                    if self.running.is_set():
+                        self._stop()

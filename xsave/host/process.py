@@ -30,10 +30,8 @@ from xsave.host.running import RunningDomain
 
 #: Instructions per slice of a deterministic guest.
 SLICE_INSTRUCTIONS = 100_000
-#: An asynchronous stop is exact unless the guest is just patching its own code, as Linux does
-#: at boot: a foreign kernel gets time to cross by itself first.
-GRACE_BUILTIN_S = 0.002
-GRACE_FOREIGN_S = 0.1
+#: How long a guest for which something is due may take to cross into the hypervisor by itself.
+GRACE_S = 0.002
 _NS_PER_S = 1_000_000_000
 _LONGEST_WAIT_S = 3600.0
 #: How long a domain that ends waits for who reads its console.
@@ -49,7 +47,7 @@ class DomainProcess:
         self._control.on_input = self._type
         self._operations = Operations(running)
         self._ticker = Ticker(
-            GRACE_BUILTIN_S,
+            GRACE_S,
             crossings=self._crossings,
             wanted=self._wanted,
             kick=lambda: self.running.xen.kick(),
@@ -71,7 +69,19 @@ class DomainProcess:
         return self.running.xen.nr_crossings if self.running.built else 0
 
     def _wanted(self) -> bool:
-        return self._control.has_requests() or self._operations.deadline_s() == 0.0
+        return (
+            self._control.has_requests()
+            or self._operations.deadline_s() == 0.0
+            or self._another_waits()
+        )
+
+    def _another_waits(self) -> bool:
+        """True if another vCPU could run: they take turns, a tick each."""
+        domain, mine = self._domain, self.running.xen.vcpu
+        return any(
+            vcpu.online and vcpu is not mine and (not vcpu.blocked or domain.wakes(vcpu))
+            for vcpu in domain.vcpus
+        )
 
     def _due(self) -> bool:
         if self._wanted():
@@ -121,8 +131,7 @@ class DomainProcess:
                 self._idle()
                 return
             hv.switch_to(vcpu)
-            # vCPUs that take turns, and virtual time, want slices that end by count, exactly.
-            counted = domain.clock.virtual or len(domain.vcpus) > 1
+            counted = domain.clock.virtual  # where it stands must not depend on real time
             if not counted:
                 self._ticker.running.set()
             hv.run(SLICE_INSTRUCTIONS if counted else 0)
@@ -130,7 +139,7 @@ class DomainProcess:
             domain.crash(f"hypervisor: {type(e).__name__}: {e}")
             domain.console.put(traceback.format_exc().encode())
         finally:
-            self._ticker.running.clear()
+            self._ticker.rest()
         if not hv.vcpu.blocked:
             domain.clock.slice()
         self._operations.after_run()
@@ -138,9 +147,9 @@ class DomainProcess:
     def _first_run(self) -> None:
         """The first unpause: from here on the clocks run and the state is the guest's."""
         domain = self._domain
-        self._ticker.grace_s = GRACE_BUILTIN_S if self.running.builtin else GRACE_FOREIGN_S
         domain.start()
         self.running.xen.power_on()
+        self.running.xen.hands_over = len(domain.vcpus) > 1 and not domain.clock.virtual
 
     def _next_vcpu(self) -> Vcpu | None:
         """Return the next runnable vCPU after the one that ran last, round robin."""
@@ -152,12 +161,8 @@ class DomainProcess:
         return None
 
     def _unblock(self, vcpu: Vcpu) -> bool:
-        """True if the blocked vCPU may run: an upcall, a polled port, a poll's end."""
-        domain = self._domain
-        polled = any(domain.events.is_pending(port) for port in vcpu.polling)
-        late = vcpu.poll_deadline_ns is not None and vcpu.poll_deadline_ns <= domain.clock.now()
-        upcall = vcpu.info.evtchn_upcall_pending and not vcpu.info.evtchn_upcall_mask
-        if not (polled or late or upcall):
+        """True if the blocked vCPU may run; it does not block any more then."""
+        if not self._domain.wakes(vcpu):
             return False
         vcpu.blocked, vcpu.polling, vcpu.poll_deadline_ns = False, (), None
         return True

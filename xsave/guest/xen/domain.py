@@ -178,6 +178,14 @@ class Domain:
         shared.wc_sec, shared.wc_sec_hi, shared.wc_nsec = sec & 0xFFFFFFFF, sec >> 32, nsec
         shared.wc_version = (shared.wc_version + 1) & 0xFFFFFFFE
 
+    def wakes(self, vcpu: Vcpu) -> bool:
+        """True if a blocked vCPU may run: an upcall, a polled port, a poll's end."""
+        if vcpu.info.evtchn_upcall_pending and not vcpu.info.evtchn_upcall_mask:
+            return True
+        if any(self.events.is_pending(port) for port in vcpu.polling):
+            return True
+        return vcpu.poll_deadline_ns is not None and vcpu.poll_deadline_ns <= self.clock.now()
+
     def run_timers(self, now: int) -> None:
         """Raise VIRQ_TIMER on every vCPU whose deadline has come."""
         for vcpu in self.vcpus:

@@ -57,6 +57,8 @@ class Hypervisor(GuestCpu):
         super().__init__(domain)
         self.table = table
         self.kicked = False
+        #: End a run as soon as it woke another vCPU: who sent an IPI often spins for the answer.
+        self.hands_over = False
         self.nr_crossings = 0
 
     def power_on(self) -> None:
@@ -114,8 +116,13 @@ class Hypervisor(GuestCpu):
             if vcpu.timer_ns is not None and vcpu.timer_ns <= now:
                 domain.run_timers(now)
         self._deliver(skip)
-        if self.kicked or domain.shutdown_reason is not None or now >= domain.clock.horizon_ns:
+        over = self.kicked or domain.shutdown_reason is not None or now >= domain.clock.horizon_ns
+        if over or (self.hands_over and self._woke_another()):
             self.cpu.stop()
+
+    def _woke_another(self) -> bool:
+        domain = self.domain
+        return any(vcpu.blocked and vcpu.online and domain.wakes(vcpu) for vcpu in domain.vcpus)
 
     def exception(self, vector: int, error_code: int) -> None:
         """A fault or trap in the guest."""
