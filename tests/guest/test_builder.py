@@ -53,6 +53,15 @@ class Built:
     def pfn(self, address):
         return int(self.machine.m2p[self.walk(address) >> 12])
 
+    def first_behind(self):
+        """The first pfn of what lies behind all that is mapped at the kernel's base."""
+        behind = [self.nr_pages]
+        if self.kernel.notes.get(elf.NOTE_MOD_START_PFN) and self.info.mod_len:
+            behind.append(self.info.mod_start)
+        if elf.NOTE_INIT_P2M in self.kernel.notes:
+            behind.append(self.info.first_p2m_pfn)
+        return min(behind)
+
     def mapped_pages(self):
         """How many pages are mapped from the kernel's base on without a gap."""
         base = self.kernel.virt_base
@@ -109,7 +118,7 @@ def test_the_kernel_is_where_it_was_linked(built):
         assert not any(raw[segment.file_bytes :])
     stack_pfn = (built.context.user_regs.rsp - built.kernel.virt_base >> 12) - 1
     assert not built.machine.mem[built.p2m[0]].any()
-    assert not built.machine.mem[built.p2m[stack_pfn:]].any()
+    assert not built.machine.mem[built.p2m[stack_pfn : built.first_behind()]].any()
 
 
 def test_start_info(built):
@@ -146,8 +155,23 @@ def test_the_ramdisk(built):
     assert info.mod_len == len(RAMDISK)
     by_pfn = bool(built.kernel.notes.get(elf.NOTE_MOD_START_PFN))
     assert info.flags == (8 if by_pfn else 0)
-    start = base + (info.mod_start << 12) if by_pfn else info.mod_start
-    assert built.read(start, len(RAMDISK)) == RAMDISK
+    first = info.mod_start if by_pfn else (info.mod_start - base) >> 12
+    pages = built.machine.pages[built.p2m[first : first + -(-len(RAMDISK) // 4096)]]
+    assert pages.tobytes() == RAMDISK.ljust(pages.size, b"\0")
+    if not by_pfn:
+        assert built.read(info.mod_start, len(RAMDISK)) == RAMDISK
+
+
+def test_what_is_not_in_the_mapping_lies_behind_it(built):
+    """What a kernel takes by pfn, or maps itself, lies behind the kernel's mapping, if memory does
+    not end before; the ramdisk and the p2m list overlap nothing."""
+    stack = (built.context.user_regs.rsp - built.kernel.virt_base) >> 12
+    assert built.first_behind() >= stack
+    roomy = built.nr_pages - built.mapped_pages() > 64
+    assert built.first_behind() >= built.mapped_pages() or not roomy
+    info = built.info
+    if elf.NOTE_INIT_P2M in built.kernel.notes:
+        assert info.first_p2m_pfn == info.mod_start + -(-len(RAMDISK) // 4096)
 
 
 def test_page_tables_are_read_only_and_pinned(built):
@@ -226,15 +250,22 @@ def build_refused(machine, data=KERNELS["small"], **more):
     return str(caught.value)
 
 
-def test_too_little_memory(machine):
+@pytest.mark.parametrize("kernel", ["small", "with a p2m of its own"])
+def test_too_little_memory(machine, kernel):
     """A domain too small for its kernel is refused with both sizes; one page more will do."""
-    message = build_refused(machine, nr_pages=9)
+    data = KERNELS[kernel]
+    message = build_refused(machine, data, nr_pages=9, ramdisk=RAMDISK)
     needed = int(message.split("need ")[1].split()[0]) // 4
     assert "36 KiB" in message
     machine.free_domain(1)
-    assert "alone need" in build_refused(machine, nr_pages=needed - 1)
+    assert "alone need" in build_refused(machine, data, nr_pages=needed - 1, ramdisk=RAMDISK)
     machine.free_domain(1)
-    Built(machine, KERNELS["small"], nr_pages=needed)
+    built = Built(machine, data, nr_pages=needed, ramdisk=RAMDISK)
+    first = built.info.mod_start
+    first = first if built.info.flags else (first - BASE) >> 12
+    pages = machine.pages[built.p2m[first : first + 4]].tobytes()
+    assert pages[: len(RAMDISK)] == RAMDISK
+    assert built.p2m.size == needed
 
 
 def test_a_command_line_too_long(machine):

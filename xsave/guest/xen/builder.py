@@ -2,8 +2,12 @@
 
 Mirrors tools/libs/guest/xg_dom_{core,x86}.c. Physical layout, from pfn 0 upwards: kernel,
 ramdisk, p2m list, start_info, store ring, console ring, page tables, boot stack; mapped from
-virt_base on, with at least 512 KiB to spare, up to a 4 MiB boundary. A kernel with an INIT_P2M
-note finds its p2m list there instead. Page tables are mapped read-only and the L4 is pinned.
+virt_base on, with at least 512 KiB to spare, up to a 4 MiB boundary. Page tables are mapped
+read-only and the L4 is pinned.
+
+A kernel with a MOD_START_PFN note takes its ramdisk by pfn, one with an INIT_P2M note its p2m list
+at that address: these lie behind all that is mapped from virt_base on. (Linux does not expect them
+inside: it would leave what it cannot account for mapped, writable and executable.)
 """
 
 from __future__ import annotations
@@ -68,34 +72,52 @@ class Builder:
             raise HostCannotTake(
                 f"command line of {len(self.cmdline)} bytes: expected at most {_MAX_CMDLINE}"
             )
-        pfn = _pages(self.kernel.end)
-        self.ramdisk_pfn, pfn = pfn, pfn + _pages(len(self.ramdisk))
-        self.p2m_pfn, self.nr_p2m = pfn, _pages(8 * self.nr_pages)
-        pfn += self.nr_p2m
+        notes = self.kernel.notes
+        self.nr_p2m, nr_ramdisk = _pages(8 * self.nr_pages), _pages(len(self.ramdisk))
+        # Either is laid out here, or, where the kernel can take it there, behind what is mapped.
+        self.ramdisk_by_pfn = bool(notes.get(elf.NOTE_MOD_START_PFN))
+        self.p2m_elsewhere = elf.NOTE_INIT_P2M in notes
+        inside = [
+            0 if self.ramdisk_by_pfn else nr_ramdisk,
+            0 if self.p2m_elsewhere else self.nr_p2m,
+        ]
+        behind = nr_ramdisk + self.nr_p2m - sum(inside)
+        self.ramdisk_pfn = _pages(self.kernel.end)
+        self.p2m_pfn = self.ramdisk_pfn + inside[0]
+        pfn = self.p2m_pfn + inside[1]
         self.start_info_pfn, self.store_pfn, self.console_pfn, self.tables_pfn = range(pfn, pfn + 4)
-        self.mappings, self.tables = self._plan_tables()
+        nr_mapped, self.tables = self._plan_tables()
         self.stack_pfn = self.tables_pfn + len(self.tables)
-        if self.stack_pfn >= self.nr_pages:
+        if self.stack_pfn + behind >= self.nr_pages:
             raise HostCannotTake(
                 f"the domain has {self.nr_pages * 4} KiB of memory: its kernel, ramdisk and page "
-                f"tables alone need {(self.stack_pfn + 1) * 4} KiB"
+                f"tables alone need {(self.stack_pfn + behind + 1) * 4} KiB"
             )
+        pfn = min(nr_mapped, self.nr_pages - behind)
+        if self.ramdisk_by_pfn:
+            self.ramdisk_pfn, pfn = pfn, pfn + nr_ramdisk
+        self.mappings = [(self.kernel.virt_base, 0, nr_mapped)]
+        if self.p2m_elsewhere:
+            self.p2m_pfn = pfn
+            self.mappings.append((notes[elf.NOTE_INIT_P2M], self.p2m_pfn, self.nr_p2m))
 
-    def _plan_tables(self) -> tuple[list[tuple[int, int, int]], dict[tuple[int, int], int]]:
-        """Map [virt_base, end) where end must also cover the tables themselves: iterate."""
-        base = self.kernel.virt_base
+    def _plan_tables(self) -> tuple[int, dict[tuple[int, int], int]]:
+        """Map [virt_base, end) where end must also cover the tables themselves: iterate.
+
+        Return how many pages that is, and the pfn of each table."""
         guess = 8
         while True:
             end = (self.tables_pfn + guess + 1 << PAGE_SHIFT) + _SPARE_BYTES
             end = -(-end // _ALIGN_BYTES) * _ALIGN_BYTES
-            mappings = [(base, 0, min(end >> PAGE_SHIFT, self.nr_pages))]
-            if elf.NOTE_INIT_P2M in self.kernel.notes:
-                mappings.append((self.kernel.notes[elf.NOTE_INIT_P2M], self.p2m_pfn, self.nr_p2m))
-            for va, _, nr in mappings:
+            nr_mapped = min(end >> PAGE_SHIFT, self.nr_pages)
+            ranges = [(self.kernel.virt_base, nr_mapped)]
+            if self.p2m_elsewhere:
+                ranges.append((self.kernel.notes[elf.NOTE_INIT_P2M], self.nr_p2m))
+            for va, nr in ranges:
                 _check_range(va, nr)
-            keys = _table_keys(mappings)
+            keys = _table_keys(ranges)
             if len(keys) <= guess:
-                return mappings, {k: self.tables_pfn + i for i, k in enumerate(keys)}
+                return nr_mapped, {k: self.tables_pfn + i for i, k in enumerate(keys)}
             guess = len(keys)
 
     def build(self) -> None:
@@ -163,7 +185,7 @@ class Builder:
         if self.ramdisk:
             info.mod_len = len(self.ramdisk)
             info.mod_start = base + (self.ramdisk_pfn << PAGE_SHIFT)
-            if self.kernel.notes.get(elf.NOTE_MOD_START_PFN):
+            if self.ramdisk_by_pfn:
                 info.flags |= SIF_MOD_START_PFN
                 info.mod_start = self.ramdisk_pfn
         self._write(self.start_info_pfn << PAGE_SHIFT, bytes(info))
@@ -196,10 +218,11 @@ def _check_range(va: int, nr: int) -> None:
         raise HostCannotTake(f"the kernel wants to be at {va:#x}-{end:#x}, where no guest can be")
 
 
-def _table_keys(mappings: list[tuple[int, int, int]]) -> list[tuple[int, int]]:
-    """Return (level, virtual address >> span) of every table the mappings need, L4 first."""
+def _table_keys(ranges: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Return (level, virtual address >> span) of every table these (address, pages) need, L4
+    first."""
     keys: dict[tuple[int, int], None] = {(PGT_L4, 0): None}
-    for va, _pfn, nr in mappings:
+    for va, nr in ranges:
         va &= (1 << 48) - 1
         last = va + (nr << PAGE_SHIFT) - 1
         for level, shift in ((3, 39), (2, 30), (1, 21)):
