@@ -29,10 +29,12 @@ _REQUEST_TIMEOUT_S = 30.0
 
 @dataclass(eq=False)
 class Client:
-    """One connection. `console` is set once it became a raw console stream."""
+    """One connection. `console` is set once it became a raw console stream; `typing` a moment
+    before, while its owner may not have heard of that yet: what comes in is console input then."""
 
     sock: socket.socket
     console: bool = False
+    typing: bool = False
     outbox: bytearray = field(default_factory=bytearray)
 
 
@@ -122,7 +124,7 @@ class Control:
             self._flush(client)
         if not events & selectors.EVENT_READ:
             return
-        if client.console:
+        if client.typing:
             self._read_console(client)
             return
         try:
@@ -204,26 +206,29 @@ class Ticker:
         self._due, self._stop = due, stop
         self.running = threading.Event()
         self._lock = threading.Lock()
+        self._seen, self._since = -1, 0.0
 
     def rest(self) -> None:
-        """The guest does not run any more: when this returns, nothing is stopped late."""
+        """The guest does not run any more: when this returns, nobody looks at it or stops it."""
         with self._lock:
             self.running.clear()
 
     def start(self) -> None:
-        threading.Thread(target=self._tick, name="ticker", daemon=True).start()
+        threading.Thread(target=self._serve, name="ticker", daemon=True).start()
 
-    def _tick(self) -> None:
-        seen, since = -1, 0.0
+    def _serve(self) -> None:
         while True:
             self.running.wait()
             time.sleep(_TICK_S)
-            if self._wanted():
-                self._kick()
-            crossings = self._crossings()
-            if crossings != seen or not self._due():
-                seen, since = crossings, time.monotonic()
-            elif time.monotonic() - since >= self._grace_s:
-                with self._lock:
-                    if self.running.is_set():
-                        self._stop()
+            with self._lock:
+                if self.running.is_set():
+                    self._tick()
+
+    def _tick(self) -> None:
+        if self._wanted():
+            self._kick()
+        crossings = self._crossings()
+        if crossings != self._seen or not self._due():
+            self._seen, self._since = crossings, time.monotonic()
+        elif time.monotonic() - self._since >= self._grace_s:
+            self._stop()

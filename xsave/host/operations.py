@@ -217,6 +217,7 @@ class Operations:
 
     def op_console(self, request: Request) -> None:
         """Answer first: from then on the connection carries console bytes only."""
+        request.client.typing = True
         self._reply(request.client, {})
         with contextlib.suppress(OSError):  # it may be gone already
             request.client.sock.setblocking(False)

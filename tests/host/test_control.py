@@ -1,0 +1,86 @@
+"""The control socket: a connection that becomes a console, and the ticker."""
+
+from __future__ import annotations
+
+import socket
+import threading
+import time
+
+import pytest
+
+from xsave.guest.xen.wire import receive_message, send_message
+from xsave.host.control import Control, Ticker
+from xsave.host.operations import Operations
+
+
+class Running:
+    """As much of a running domain as the console request sees."""
+
+    def __init__(self, control):
+        self.control = control
+        self.built = False
+        self.finished = False
+
+
+@pytest.fixture
+def control(tmp_path):
+    """A control socket that is served, and its address."""
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    listener.bind(str(tmp_path / "ctl"))
+    listener.listen()
+    control = Control(listener)
+    control.start()
+    control.address = str(tmp_path / "ctl")
+    return control
+
+
+def test_what_is_typed_at_once_is_console_input(control, monkeypatch):
+    """Who hears that the connection is a console now may type before the process has gone on
+    by one more instruction."""
+    typed = threading.Event()
+    control.on_input = lambda data: typed.set() if data == b"ls\n" else None
+    operations = Operations(Running(control))
+    reply = operations._reply
+
+    def reply_and_wait(client, message, blob=b""):
+        reply(client, message, blob)
+        assert receive_message(sock) == ({}, b"")
+        sock.sendall(b"ls\n")
+        assert typed.wait(10), "the connection was dropped"
+
+    monkeypatch.setattr(operations, "_reply", reply_and_wait)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
+        sock.connect(control.address)
+        send_message(sock, {"op": "console"})
+        deadline = time.monotonic() + 10
+        while not (request := control.next_request()) and time.monotonic() < deadline:
+            time.sleep(0.001)
+        operations.op_console(request)
+        control.console_output(b"# ")
+        assert sock.recv(2) == b"# "
+
+
+def test_a_ticker_leaves_a_guest_alone_that_rests():
+    """Once rest() has returned, nothing of the guest is looked at: its memory may be gone."""
+    resting, looked = threading.Event(), threading.Event()
+    late = []
+
+    def look():
+        if resting.is_set():
+            late.append("looked")
+        looked.set()
+        return True
+
+    ticker = Ticker(
+        0.0, crossings=lambda: 0, wanted=look, kick=lambda: None, due=look, stop=lambda: None
+    )
+    ticker.start()
+    for _ in range(30):
+        resting.clear()
+        looked.clear()
+        ticker.running.set()
+        assert looked.wait(10)
+        ticker.rest()
+        resting.set()
+        time.sleep(0.004)
+    assert late == []
