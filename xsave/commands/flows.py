@@ -120,9 +120,7 @@ def restore(
     settings.answer(as_json, asdict(info), f"{info.name}: domain {info.domid}, {info.state}")
 
 
-def domain_maker(
-    host: Host, process: WaitingProcess | None = None
-) -> Callable[[str, int], Domctl]:
+def domain_maker(host: Host, process: WaitingProcess | None = None) -> Callable[[str, int], Domctl]:
     """Return what makes an empty domain of this host, given its name and pages.
 
     process: one that waits for its domain already."""
