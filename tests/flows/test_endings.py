@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import socket
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -221,4 +220,4 @@ def test_reboot_is_a_command(xsave, localhost):
     assert xsave("reboot", "nobody").code == 5
     assert xsave("create", "h", "--on-crash", "dance").code == 2
     xsave.ok("destroy", "g")
-    assert not Path(localhost.directory / "domains" / "1" / "domain.json").exists()
+    gone(localhost)

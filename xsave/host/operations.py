@@ -25,7 +25,7 @@ from xsave.host.suspension import Suspension
 from xsave.public import SHUTDOWN_CRASH, SHUTDOWN_NAMES, SHUTDOWN_SUSPEND
 
 #: How long a fresh process waits for the command that started it to say what to build.
-_BUILDER_TIMEOUT_S = 10.0
+_BUILDER_TIMEOUT_S = 30.0
 #: Requests that change what the guest does next: a deterministic guest gets them only while it
 #: stands still at its horizon, so that real time cannot matter.
 _AT_HORIZON = {"suspend", "shutdown", "target"}

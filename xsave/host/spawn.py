@@ -29,8 +29,14 @@ def spawn(host: Host, name: str, process: WaitingProcess | None = None) -> Domct
             listener.listen(16)
         process = process or WaitingProcess(host.directory)
         with listener, (directory / "process.log").open("wb") as log:
-            process.become({"domid": domid, "name": name}, [listener.fileno(), alive, log.fileno()])
+            # Connected before the process is told: from then on it hears of our death.
             sock = connect_socket(directory)
+            try:
+                given = [listener.fileno(), alive, log.fileno()]
+                process.become({"domid": domid, "name": name}, given)
+            except BaseException:
+                sock.close()
+                raise
         return Domctl(host.machine, domid, name, sock)
     except (OSError, ConnectionLost) as e:
         host.forget(domid, directory)

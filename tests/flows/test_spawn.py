@@ -1,0 +1,59 @@
+"""The command that starts a domain's process is killed, at each step of it: nothing is left, and
+at once, not when the process is tired of waiting."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from tests.flows.flow import create, destroy, nothing_is_left, processes, wait_for
+from xsave.host import operations
+
+#: Dies with SIGKILL before or behind one call of what spawn() does with sockets.
+KILLED = """
+import os, signal, socket, sys
+from xsave.host import host, spawn
+
+step, when = sys.argv[1:]
+
+class Socket(socket.socket):
+    pass
+
+def deadly(real):
+    def call(*arguments):
+        if when == "behind":
+            real(*arguments)
+        os.kill(os.getpid(), signal.SIGKILL)
+    return call
+
+if step == "send_fds":
+    socket.send_fds = deadly(socket.send_fds)
+else:
+    setattr(Socket, step, deadly(getattr(socket.socket, step)))
+    socket.socket = Socket
+localhost = host.open_host("localhost")
+process = spawn.WaitingProcess(localhost.directory)
+spawn.spawn(localhost, "g", process)
+print("not killed")
+"""
+
+
+@pytest.mark.parametrize("when", ["before", "behind"])
+@pytest.mark.parametrize("step", ["bind", "listen", "connect", "send_fds"])
+def test_killed_at_each_step(localhost, step, when):
+    """The process and its registration are gone long before its patience is."""
+    began = time.monotonic()
+    killed = subprocess.run(
+        [sys.executable, "-c", KILLED, step, when], capture_output=True, text=True, check=False
+    )
+    assert killed.returncode == -signal.SIGKILL, killed.stdout + killed.stderr
+    wait_for(lambda: not processes(localhost))
+    assert time.monotonic() - began < operations._BUILDER_TIMEOUT_S / 2
+    nothing_is_left(localhost)
+    create(localhost)
+    destroy(localhost)
+    nothing_is_left(localhost)
