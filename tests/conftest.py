@@ -24,6 +24,9 @@ ROOT = Path(__file__).resolve().parents[1]
 SHARED_MEMORY = Path("/dev/shm")
 CLI_TIMEOUT_S = 120
 
+# A shell that starts the suite in the background has it ignore Ctrl-C, and so all its children.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
 # The machines the tests run on are slow and shared: no example may fail for its time.
 settings.register_profile(
     "xsave", deadline=None, suppress_health_check=[HealthCheck.too_slow], print_blob=True
