@@ -6,17 +6,25 @@ import re
 
 import pytest
 
-from tests.realxen.travelling import Journey, builtin, linux
+from tests.conftest import directory_named_by
+from tests.distro.initramfs import initramfs
+from tests.realxen.travelling import Journey, builtin, debian, linux
+from xsave.host.handshake import BANNER, GO, READY, REPORT, STATUS_OK
 
-KINDS = ["builtin", "linux"]
+KINDS = ["builtin", "linux", "debian"]
 
 
 @pytest.fixture
-def kind(request):
-    """The kernel to travel with."""
+def kind(request, tmp_path):
+    """The kernel to travel with: ours, a small Linux, or a distribution's as it comes."""
     if request.param == "builtin":
         return builtin()
-    return linux(request.getfixturevalue("micro_linux"))
+    if request.param == "linux":
+        return linux(request.getfixturevalue("micro_linux"))
+    directory = directory_named_by("XSAVE_DISTRO_KERNELS")
+    ramdisk = tmp_path / "debian-initrd"
+    ramdisk.write_bytes(initramfs((directory / "busybox").read_bytes()))
+    return debian(min(directory.glob("vmlinuz-*-cloud-amd64")), ramdisk)
 
 
 @pytest.fixture
@@ -42,8 +50,29 @@ def test_from_xsave_to_xen_and_back(journey, kind, vcpus):
 @pytest.mark.parametrize("vcpus", [1, 2])
 @pytest.mark.parametrize("kind", KINDS, indirect=True)
 def test_from_xen_to_xsave_and_back(journey, kind, vcpus):
-    """Booted by the real xl, saved by it, restored in xsave, and back."""
+    """Booted by the real xl, saved by it, restored in xsave, back, and here again: one guest."""
     journey.create_there(kind, vcpus)
     journey.restore_here(journey.save_there())
     journey.restore_there(journey.save_here())
-    journey.save_there()
+    journey.restore_here(journey.save_there())
+    journey.save_here()
+
+
+@pytest.mark.parametrize("kind", ["builtin", "linux"], indirect=True)
+def test_to_the_real_receiver(journey, kind):
+    """An image of ours and the go-ahead are a migration for `xl migrate-receive`: it says what
+    it says to another xl, byte for byte, and the guest goes on there."""
+    journey.create_here(kind, 1)
+    said = journey.receive_there(journey.save_here())
+    assert said == BANNER + READY + REPORT + STATUS_OK
+    journey.restore_here(journey.save_there())
+    journey.save_here()
+
+
+@pytest.mark.parametrize("kind", ["builtin", "linux"], indirect=True)
+def test_from_the_real_sender(journey, kind):
+    """What a real, live `xl migrate` sent, its GO message at the end, is an image for
+    `xsave restore`, and the guest goes on."""
+    journey.create_there(kind, 1)
+    journey.restore_here(journey.migrate_there())
+    journey.save_here()
