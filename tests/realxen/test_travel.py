@@ -9,7 +9,7 @@ import pytest
 from tests.conftest import directory_named_by
 from tests.distro.initramfs import initramfs
 from tests.realxen.travelling import Journey, builtin, debian, linux
-from xsave.host.handshake import BANNER, GO, READY, REPORT, STATUS_OK
+from xsave.host.handshake import BANNER, READY, REPORT, STATUS_OK
 
 KINDS = ["builtin", "linux", "debian"]
 
