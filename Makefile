@@ -1,6 +1,6 @@
 # make demo    create, save, restore and migrate a guest on two hosts, with the proof at the end
 # make test    the whole test suite            make test-fast   without the slow ones
-# make test-realxen        images to and from a real Xen 4.17, which runs in QEMU (2 minutes);
+# make test-realxen        images to and from a real Xen 4.17, which runs in QEMU (5 minutes);
 # make test-realxen XEN="4.14 4.17 4.20"    all that Debian has. Needs qemu-system-x86 and cpio.
 # make check   lint, formatting, types
 #

@@ -92,6 +92,7 @@ def kill_saves(xsave, host, tmp_path, count):
         if image.exists():
             assert is_complete(image)
             image.unlink()
+        assert list(tmp_path.iterdir()) == []
     assert killed > 0
     runs_on(host)
     destroy(host)

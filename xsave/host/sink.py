@@ -11,15 +11,14 @@ import ctypes
 import errno
 import os
 import select
-import tempfile
 from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
 from types import TracebackType
 from typing import NoReturn, Self
 
 import numpy as np
 
 from xsave.errors import StorageError
+from xsave.host.newfile import NewFile
 from xsave.host.oserror import storage_error
 from xsave.image.buffers import Buffer, Rows, Zeros, nbytes
 from xsave.vectors import behind, row_vectors, write_vectors
@@ -69,18 +68,16 @@ class Sink:
 
 
 class FileSink(Sink):
-    """A regular file: written beside its place as `.NAME.XXXXXX` (mode 0600), renamed last."""
+    """A regular file that gets its name last (newfile.py)."""
 
     def __init__(self, path: str) -> None:
         super().__init__(path)
-        self._target = os.path.realpath(path)  # a symbolic link stays one
-        self._directory = os.path.dirname(self._target)  # noqa: PTH120
+        target = os.path.realpath(path)  # a symbolic link stays one
+        self._directory = os.path.dirname(target)  # noqa: PTH120
         self._flushed = 0  # up to where the disk was told to begin
-        prefix = f".{Path(self._target).name[:200]}."
         try:
-            self._fd, self._temporary = tempfile.mkstemp(prefix=prefix, dir=self._directory)
+            self._file = NewFile(target)
         except (OSError, ValueError) as error:
-            self._fd = -1
             self._fail(error)
 
     def write(self, buffers: Iterable[Buffer]) -> None:
@@ -97,7 +94,7 @@ class FileSink(Sink):
 
     def _write_all(self, left: np.ndarray) -> None:
         while len(left):
-            written = write_vectors(self._fd, left, self.position)
+            written = write_vectors(self._file.fd, left, self.position)
             self.position += written
             left = behind(left, written)
 
@@ -106,7 +103,7 @@ class FileSink(Sink):
         fresh = self.position - self._flushed
         if fresh >= _WRITEBACK_BYTES and hasattr(_libc, "sync_file_range"):
             start, length = ctypes.c_int64(self._flushed), ctypes.c_int64(fresh)
-            _libc.sync_file_range(self._fd, start, length, _SYNC_FILE_RANGE_WRITE)
+            _libc.sync_file_range(self._file.fd, start, length, _SYNC_FILE_RANGE_WRITE)
             self._flushed = self.position
 
     def precheck(self, needed: int) -> None:
@@ -117,24 +114,14 @@ class FileSink(Sink):
     def commit(self) -> None:
         """Give the file its length, put it on disk and in its place, and the name on disk too."""
         try:
-            os.ftruncate(self._fd, self.position)  # it may end in a hole
-            os.fsync(self._fd)
-            os.close(self._fd)
-            self._fd = -1
-            os.replace(self._temporary, self._target)  # noqa: PTH105
-            _fsync_directory(self._directory)
+            os.ftruncate(self._file.fd, self.position)  # it may end in a hole
+            self._file.commit()
         except OSError as error:
             self._fail(error)
-        self._temporary = ""
 
     def abort(self) -> None:
-        """Remove the temporary file."""
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
-        if self._temporary:
-            Path(self._temporary).unlink(missing_ok=True)
-            self._temporary = ""
+        """Leave nothing of it."""
+        self._file.close()
 
     def _free_bytes(self) -> int:
         try:
@@ -206,14 +193,6 @@ class DescriptorSink(Sink):
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
-
-
-def _fsync_directory(directory: str) -> None:
-    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
 
 
 def _parts(buffers: Sequence[Buffer], min_hole: int) -> Iterator[list[Buffer] | Zeros]:
