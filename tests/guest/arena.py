@@ -36,6 +36,10 @@ class NoCpu:
         """Flush."""
         assert 0 <= value < 1 << 64
 
+    def flush_page(self, address):
+        """Flush one page."""
+        assert 0 <= address < 1 << 64
+
     def forget_code(self):
         """Drop translations."""
 

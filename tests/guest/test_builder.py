@@ -7,11 +7,11 @@ import ctypes
 import numpy as np
 import pytest
 
-from tests.guest.elves import BASE, TEXT, make_elf, notes
+from tests.guest.elves import BASE, HEADER, TEXT, make_elf, notes
 from tests.guest.pagetable_model import recount
 from tests.guest.rig import KERNEL_ELF, MIB, Guest, Machines, build_guest, make_domain
 from xsave.errors import HostCannotTake
-from xsave.frames import INVALID_M2P_ENTRY
+from xsave.frames import INVALID_M2P_ENTRY, PTE_NX
 from xsave.guest.xen import builder, elf
 from xsave.guest.xen.pagetable import PGT_L4, PGT_WRITABLE
 from xsave.guest.xen.vcpu import FLAT_RING3_CS64, FLAT_RING3_SS64
@@ -187,6 +187,31 @@ def test_page_tables_are_read_only_and_pinned(built):
         assert (built.walk(address, write=True) >= 0) == (i not in tables)
     assert np.flatnonzero(machine.pinned).tolist() == [built.l4]
     assert machine.type_count[built.l4] == 2
+
+
+def test_only_code_is_executable(built):
+    """Pages of executable segments are executable, in part or all of one, and nothing else is; a
+    kernel without any such segment is executable as a whole."""
+    code = {
+        pfn
+        for segment in built.kernel.segments
+        if segment.executable
+        for pfn in range(segment.paddr >> 12, segment.paddr + segment.memory_bytes + 4095 >> 12)
+    }
+    assert code
+    for i in range(built.mapped_pages()):
+        slot = built.domain.tables.l1_slot(built.l4, built.kernel.virt_base + (i << 12))
+        assert (built.domain.tables.q[slot >> 3] & PTE_NX == 0) == (i in code)
+
+
+def test_a_kernel_without_code_is_all_code(machine):
+    """Program headers that call nothing executable are not believed."""
+    data = bytearray(make_elf())
+    data[HEADER.size + 4] = 6  # p_flags: read and write
+    guest = Built(machine, bytes(data))
+    slot = guest.domain.tables.l1_slot(guest.l4, guest.kernel.virt_base + 0x1000)
+    assert not guest.kernel.segments[0].executable
+    assert not guest.domain.tables.q[slot >> 3] & PTE_NX
 
 
 def test_counts_are_what_the_tables_say(built):

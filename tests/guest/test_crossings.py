@@ -30,6 +30,41 @@ def test_a_mapping_taken_away_is_gone_at_once(guest):
     assert guest.hv.q[RAX] == 0
 
 
+def test_a_page_that_becomes_a_table_is_written_no_more(guest):
+    """A writable mapping taken away by mmu_update may be used until the guest flushes, but not
+    once its page is a page table: the first store after the pin faults."""
+    handler = guest.set_handler(14)
+    page = guest.frames[5]
+    guest.poke(5, 0, bytes(4096))
+    guest.poke(6, 0, struct.pack("<QQ", guest.l1 << 12 | 8 * 5, page << 12 | READ_ONLY))
+    guest.poke(7, 0, struct.pack("<IIQQ", 0, 0, page, 0))  # MMUEXT_PIN_L1_TABLE
+    store = b"\x48\xc7\x03\x00\x00\x00\x00"  # mov qword [rbx], 0
+    mmu_update = b"\xb8\x01\x00\x00\x00\x0f\x05"
+    pin = b"\x48\x89\xef\xb8\x1a\x00\x00\x00\x0f\x05"  # mov rdi, rbp; mmuext_op
+    registers = {"rbx": guest.va(5), "rdi": guest.va(6), "rbp": guest.va(7)}
+    registers |= {"rsi": 1, "rdx": 0, "r10": 0x7FF0}
+    code = store + mmu_update + pin + store
+    assert guest.run(code, **registers) == handler
+    assert guest.hv.q[RAX] == 0
+    assert guest.vcpu.info.cr2 == guest.va(5)
+    assert guest.stacked(4)[3] == guest.va(0, len(code) - len(store))
+
+
+def test_a_flush_of_one_page_is_enough(guest):
+    """MMUEXT_INVLPG_LOCAL: what mmu_update took away at that address is gone at once."""
+    handler = guest.set_handler(14)
+    guest.poke(6, 0, struct.pack("<QQ", guest.l1 << 12 | 8 * 5, guest.frames[5] << 12 | READ_ONLY))
+    guest.poke(7, 0, struct.pack("<IIQQ", 7, 0, guest.va(5), 0))
+    store = b"\x48\x89\x03"  # mov [rbx], rax
+    mmu_update = b"\xb8\x01\x00\x00\x00\x0f\x05"
+    flush = b"\x48\x89\xef\xb8\x1a\x00\x00\x00\x0f\x05"
+    registers = {"rbx": guest.va(5), "rdi": guest.va(6), "rbp": guest.va(7)}
+    registers |= {"rsi": 1, "rdx": 0, "r10": 0x7FF0}
+    code = store + mmu_update + flush + store
+    assert guest.run(code, **registers) == handler
+    assert guest.stacked(4)[3] == guest.va(0, len(code) - len(store))
+
+
 def test_a_page_xen_copied_is_executed_as_it_is_now(guest):
     """MMUEXT_COPY_PAGE over code that ran before: the new code runs, in the same run."""
     ret_one, ret_two = (b"\xb8" + bytes([n, 0, 0, 0]) + b"\xc3" for n in (1, 2))

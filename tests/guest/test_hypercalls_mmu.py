@@ -153,16 +153,20 @@ def test_mapping_by_address(guest):
 
 
 def test_a_flush_is_asked_for_when_it_matters(guest):
-    """Taking a mapping away makes the TLB stale, and so does asking for a flush."""
-    guest.tables.stale_tlb = False
-    assert guest.hv.call(UPDATE_VA_MAPPING, guest.va(98), guest.frames[5] << 12 | 1, 0, 0, 0) == 0
-    assert not guest.tables.stale_tlb
-    assert guest.hv.call(UPDATE_VA_MAPPING, guest.va(98), 0, 0, 0, 0) == 0
-    assert guest.tables.stale_tlb
-    for flags in (1, 2):
-        guest.tables.stale_tlb = False
-        guest.hv.call(UPDATE_VA_MAPPING, guest.va(97), 0, flags, 0, 0)
-        assert guest.tables.stale_tlb
+    """Taking a mapping away by its address makes that page stale, and so does asking for it to be
+    flushed; asking for all is all."""
+    tables, page = guest.tables, guest.va(98)
+    assert guest.hv.call(UPDATE_VA_MAPPING, page, guest.frames[5] << 12 | 1, 0, 0, 0) == 0
+    assert not tables.stale_tlb
+    assert tables.stale_pages == []
+    assert guest.hv.call(UPDATE_VA_MAPPING, page, 0, 0, 0, 0) == 0
+    assert tables.stale_pages == [page]
+    tables.stale_pages.clear()
+    guest.hv.call(UPDATE_VA_MAPPING, page, 0, 2, 0, 0)
+    assert tables.stale_pages == [page]
+    assert not tables.stale_tlb
+    guest.hv.call(UPDATE_VA_MAPPING, page, 0, 1, 0, 0)
+    assert tables.stale_tlb
 
 
 # -- mmuext_op ---
@@ -246,12 +250,17 @@ def test_clear_and_copy(guest):
 
 
 def test_flushes_and_the_rest(guest):
-    """Every flush makes the TLB stale; an empty LDT is fine and another is not; what does not
-    exist is -ENOSYS."""
-    for command in range(6, 12):
+    """Every flush makes the TLB stale, or a page of it; an empty LDT is fine and another is not;
+    what does not exist is -ENOSYS."""
+    for command in (6, 8, 10):
         guest.tables.stale_tlb = False
         assert mmuext(guest, (command, 0)) == (0, 1)
         assert guest.tables.stale_tlb
+    guest.tables.stale_tlb = False
+    for command in (7, 9, 11):
+        assert mmuext(guest, (command, guest.va(command))) == (0, 1)
+    assert not guest.tables.stale_tlb
+    assert guest.tables.stale_pages == [guest.va(command) for command in (7, 9, 11)]
     assert mmuext(guest, (13, 0, 0)) == (0, 1)
     for op in ((13, 0, 5), (14, 0), (21, 0), (1 << 31, 0)):
         assert mmuext(guest, op) == (-errno.ENOSYS, 0)

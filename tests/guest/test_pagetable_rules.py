@@ -17,7 +17,15 @@ from xsave.frames import (
     PTE_USER,
 )
 from xsave.guest.xen.machine import DOMID_FREE, M2P_FIRST_FRAME
-from xsave.guest.xen.pagetable import PGT_L1, PGT_L2, PGT_L4, PGT_SEG_DESC, PGT_XEN, PageTables
+from xsave.guest.xen.pagetable import (
+    PGT_L1,
+    PGT_L2,
+    PGT_L4,
+    PGT_SEG_DESC,
+    PGT_WRITABLE,
+    PGT_XEN,
+    PageTables,
+)
 
 DOMID = 1
 
@@ -177,19 +185,46 @@ def test_an_update_is_aligned(tables, odd):
     assert tables.mmu_update((tables.frames[0] << 12) + odd, 0) == REFUSED
 
 
-def test_the_tlb_is_stale_after_what_was_present_changed(tables):
-    """Only a change of a present entry asks for a flush, and every such change does."""
+def test_what_was_present_and_changed_is_unflushed(tables):
+    """Only a change of a present entry leaves the TLB with what is not so any more, and every such
+    change does."""
     l1, page = tables.frames[:2]
     assert tables.pin(l1, PGT_L1) == 0
     assert tables.update_entry(l1, 0, page << 12 | FULL) == 0
-    assert not tables.stale_tlb
+    assert not tables.unflushed
     assert tables.update_entry(l1, 0, page << 12 | READ_ONLY) == 0
-    assert tables.stale_tlb
-    tables.stale_tlb = False
+    assert tables.unflushed
+    tables.unflushed = False
     assert tables.update_entry(l1, 0, page << 12 | FULL | PTE_PCD) == REFUSED
-    assert not tables.stale_tlb
+    assert not tables.unflushed
     assert tables.unpin(l1) == 0
+    assert tables.unflushed
+
+
+@pytest.mark.parametrize("kind", [PGT_L1, PGT_L2, PGT_L4, PGT_SEG_DESC])
+@pytest.mark.parametrize("unflushed", [False, True])
+def test_nothing_unflushed_outlives_a_new_table(tables, kind, unflushed):
+    """A frame that becomes a table or a page of descriptors asks for a flush if a mapping changed
+    since the last one, which may have been a writable one of that frame; so does an L1 that comes
+    with the L2 that names it. A frame that becomes writable asks for none."""
+    tables.unflushed = unflushed
+    assert tables.get_type(tables.frames[0], PGT_WRITABLE) == 0
+    assert not tables.stale_tlb
+    if kind == PGT_L2:
+        l2, l1 = tables.frames[1:3]
+        tables.machine.mem[l2, 0] = l1 << 12 | FULL
+        assert len(tables._hold_l1s([l1 << 12 | FULL])) == 1
+    else:
+        assert tables.get_type(tables.frames[1], kind) == 0
+    assert tables.stale_tlb == unflushed
+
+
+def test_many_pages_to_flush_are_all(tables):
+    """So many single flushes in one hypercall become one of everything."""
+    for i in range(100):
+        tables.flush_page(i << 12)
     assert tables.stale_tlb
+    assert len(tables.stale_pages) < 100
 
 
 @pytest.mark.parametrize(

@@ -194,6 +194,13 @@ def test_no_port_has_a_device(kernel, code, ones):
     done(kernel, bytes([*code[:-1], code[-1]]).replace(b"\xec", b"\xee").replace(b"\xed", b"\xef"))
 
 
+def test_the_timer_chip_stands_still(kernel):
+    """Counter 2, by which Linux calibrates its clock, reads 0 and not all ones, which would be a
+    count about to change."""
+    done(kernel, b"\xe4\x42", rax=0x11)  # in al, 0x42
+    assert kernel.hv.q[RAX] == 0
+
+
 # -- what is not ours ---
 
 

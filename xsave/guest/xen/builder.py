@@ -8,6 +8,10 @@ read-only and the L4 is pinned.
 A kernel with a MOD_START_PFN note takes its ramdisk by pfn, one with an INIT_P2M note its p2m list
 at that address: these lie behind all that is mapped from virt_base on. (Linux does not expect them
 inside: it would leave what it cannot account for mapped, writable and executable.)
+
+What no program header calls code is mapped no-execute. Xen's own builder does not care, but Linux
+lives with its mapping until it has nearly booted, and the emulator looks for translated code at
+every store to a page that may hold some.
 """
 
 from __future__ import annotations
@@ -22,6 +26,7 @@ from xsave.frames import (
     PAGE_SIZE,
     PTE_ACCESSED,
     PTE_DIRTY,
+    PTE_NX,
     PTE_PRESENT,
     PTE_RW,
     PTE_USER,
@@ -150,6 +155,7 @@ class Builder:
         mem, p2m = self.machine.mem, self.p2m
         own = np.zeros(self.nr_pages, bool)
         own[list(self.tables.values())] = True
+        code = self._code()
         for (level, key), pfn in self.tables.items():
             if level < PGT_L4:
                 parent = self.tables[(level + 1, key >> 9)]
@@ -158,10 +164,20 @@ class Builder:
             pfns = np.arange(first, first + nr)
             entries = (p2m[pfns] << np.uint64(PAGE_SHIFT)) | np.uint64(_FLAGS)
             entries[own[pfns]] &= ~np.uint64(PTE_RW)
+            entries[~code[pfns]] |= np.uint64(PTE_NX)
             index = ((va & (1 << 48) - 1) >> PAGE_SHIFT) + np.arange(nr)
             keys, slots = index >> 9, index & 511
             tables = np.array([self.tables[(1, int(k))] for k in np.unique(keys)])
             mem[p2m[tables[keys - keys[0]]], slots] = entries
+
+    def _code(self) -> np.ndarray:
+        """Return (nr_pages,) bool: the pages that may hold code, all if no segment has any."""
+        code = np.zeros(self.nr_pages, bool)
+        for segment in self.kernel.segments:
+            if segment.executable:
+                end = _pages(segment.paddr + segment.memory_bytes)
+                code[segment.paddr >> PAGE_SHIFT : end] = True
+        return code if code.any() else ~code
 
     def _write_start_info(self) -> None:
         domain, base = self.domain, self.kernel.virt_base

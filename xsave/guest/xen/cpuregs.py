@@ -29,6 +29,7 @@ ES_SEL, CS_SEL, SS_SEL, DS_SEL, FS_SEL, GS_SEL = ((184 + 24 * i) >> 3 for i in r
 FS_BASE = FS_SEL + 1
 GS_BASE = GS_SEL + 1
 CR2 = 440 >> 3
+CR3 = 448 >> 3
 
 # struct uc_context in front of the registers; then cpu_context_size, 4 bytes of padding, next_pc.
 _CONTEXT_HEADER_BYTES = 40
@@ -51,9 +52,10 @@ def _read(fd: int, address: int, nr: int) -> bytes:
         return b""
 
 
-def locate(engine: int, signature: bytes) -> int:
-    """Return the address of the structure that begins with `signature`, two pointers away from
-    the engine handle. /proc/self/mem makes a wrong guess an error instead of a crash."""
+def locate(engine: int, signature: bytes) -> tuple[int, int]:
+    """Return the addresses of the engine's CPU object and of the structure in it that begins with
+    `signature`, two pointers away from the engine handle. /proc/self/mem makes a wrong guess an
+    error instead of a crash."""
     fd = os.open("/proc/self/mem", os.O_RDONLY | os.O_CLOEXEC)
     try:
         for cpu in _pointers(_read(fd, engine, _SCAN_ENGINE)):
@@ -61,7 +63,7 @@ def locate(engine: int, signature: bytes) -> int:
             for state in _pointers(blob):
                 near = cpu <= state < cpu + 0x40000
                 if near and _read(fd, state, len(signature)) == signature:
-                    return state
+                    return cpu, state
     finally:
         os.close(fd)
     raise UnsupportedEmulator("this unicorn keeps its CPU state elsewhere (2.1.4 is known)")

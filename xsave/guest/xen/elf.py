@@ -10,6 +10,7 @@ from xsave.errors import HostCannotTake
 _EHDR = struct.Struct("<16sHHIQQQIHHHHHH")
 _PHDR = struct.Struct("<IIQQQQQQ")
 _PT_LOAD, _PT_NOTE = 1, 4
+_PF_X = 1
 _MAX_KERNEL_BYTES = 256 << 20
 
 NOTE_ENTRY, NOTE_HYPERCALL_PAGE, NOTE_VIRT_BASE, NOTE_PADDR_OFFSET = 1, 2, 3, 4
@@ -18,12 +19,14 @@ NOTE_XEN_VERSION, NOTE_LOADER, NOTE_INIT_P2M, NOTE_MOD_START_PFN = 5, 8, 15, 16
 
 @dataclass(frozen=True)
 class Segment:
-    """One PT_LOAD: where its bytes are in the file and where it goes in physical memory."""
+    """One PT_LOAD: where its bytes are in the file and where it goes in physical memory, and
+    whether any of it is code."""
 
     offset: int
     paddr: int
     file_bytes: int
     memory_bytes: int
+    executable: bool = True
 
 
 @dataclass(frozen=True)
@@ -65,12 +68,12 @@ def parse(data: bytes, name: str) -> Kernel:
         raise _bad(name, "the ELF file is truncated") from e
     segments: list[Segment] = []
     notes: dict[int, int] = {}
-    for kind, _flags, offset, _vaddr, paddr, file_bytes, memory_bytes, _align in programs:
+    for kind, flags, offset, _vaddr, paddr, file_bytes, memory_bytes, _align in programs:
         larger_in_file = file_bytes > memory_bytes and kind == _PT_LOAD
         if offset + file_bytes > len(data) or larger_in_file:
             raise _bad(name, "a segment lies outside the file")
         if kind == _PT_LOAD and memory_bytes:
-            segments.append(Segment(offset, paddr, file_bytes, memory_bytes))
+            segments.append(Segment(offset, paddr, file_bytes, memory_bytes, bool(flags & _PF_X)))
         elif kind == _PT_NOTE:
             notes |= _notes(data[offset : offset + file_bytes])
     kernel = Kernel(data, tuple(segments), notes)

@@ -25,6 +25,11 @@ def read(tables: PageTables, cr3: int, address: int, nr: int) -> bytes:
     if not 0 <= nr <= MAX_COPY_BYTES:
         raise GuestFault
     memory, l4 = tables.machine.map, cr3 >> 12
+    if 0 < nr <= 4096 - (address & 0xFFF):  # nearly always
+        maddr = tables.walk(l4, address)
+        if maddr < 0 or (maddr >> 12) >= tables.nr_frames:
+            raise GuestFault
+        return memory[maddr : maddr + nr]
     out = b""
     while nr:
         address &= 0xFFFF_FFFF_FFFF_FFFF

@@ -104,9 +104,16 @@ class Hypervisor(GuestCpu):
             return fault.rc
 
     def _flush(self) -> None:
-        if self.tables.stale_tlb:
-            self.tables.stale_tlb = False
+        """Before the guest goes on: what must be gone from the TLB."""
+        tables = self.tables
+        if tables.stale_tlb:
             self.cpu.load_cr3(self.vcpu.cr3)
+            tables.stale_tlb = tables.unflushed = False
+            tables.stale_pages.clear()
+        elif tables.stale_pages:
+            for address in tables.stale_pages:
+                self.cpu.flush_page(address)
+            tables.stale_pages.clear()
 
     def _leave(self, skip: int) -> None:
         """Before the guest goes on: due timers, then a pending upcall, then whoever waits."""

@@ -49,6 +49,8 @@ _DISALLOWED = {
     PGT_L4: PTE_PSE | PTE_PWT | PTE_PCD | PTE_GLOBAL,
 }
 _AD = 0x60
+#: From so many on, forgetting everything is no dearer.
+_MAX_STALE_PAGES = 16
 #: Of the counts' own dtype: ufunc.at is 15 times slower where it must convert.
 _ONE = np.uint32(1)
 
@@ -56,8 +58,11 @@ _ONE = np.uint32(1)
 class PageTables:
     """The types and counts of one domain's frames, and the only way to change its tables.
 
-    `stale_tlb` is set when an entry that was present changed: the caller flushes before the
-    guest runs again (a stale writable translation of a new page table would be an escape).
+    When an entry that was present changes, the guest itself says when the old translation must
+    be gone, as on Xen, and `unflushed` is noted. A stale writable translation of a new page table
+    would be an escape: so `stale_tlb` is set as soon as a frame becomes anything but writable
+    while something is unflushed, and the caller flushes before the guest runs again. `stale_pages`
+    are single addresses to flush; few, or it is all.
     """
 
     def __init__(self, machine: Machine, domid: int, xen_l4_slots: dict[int, int]) -> None:
@@ -71,7 +76,16 @@ class PageTables:
         self.refs = memoryview(machine.refs.data)
         self.pinned = memoryview(machine.pinned.data)
         self.nr_frames = machine.nr_frames
+        self.unflushed = False
         self.stale_tlb = False
+        self.stale_pages: list[int] = []
+
+    def flush_page(self, address: int) -> None:
+        """Ask for the translation of one page to be forgotten before the guest runs again."""
+        if len(self.stale_pages) < _MAX_STALE_PAGES:
+            self.stale_pages.append(address)
+        else:
+            self.stale_tlb = True
 
     def owned(self, mfn: int) -> bool:
         """True if the guest may name this frame at all."""
@@ -90,6 +104,8 @@ class PageTables:
             return 0
         self.ptype[mfn] = want
         self.count[mfn] = 1
+        if self.unflushed and want != PGT_WRITABLE:
+            self.stale_tlb = True
         if PGT_L1 <= want <= PGT_L4:
             rc = self._validate_l1(mfn) if want == PGT_L1 else self._validate_upper(mfn, want)
             if rc:
@@ -148,6 +164,7 @@ class PageTables:
         found when each is taken by itself."""
         named = {(entry & PTE_FRAME_MASK) >> PAGE_SHIFT for entry in entries}
         new = [mfn for mfn in named if self.owned(mfn) and not self.count[mfn]]
+        self.stale_tlb = self.stale_tlb or (self.unflushed and bool(new))
         index = np.array(new, np.int64)
         m = self.machine
         m.page_type[index], m.type_count[index] = PGT_L1, 1
@@ -261,7 +278,7 @@ class PageTables:
         self.q[index] = new
         if old & PTE_PRESENT:
             self._drop(old, level)
-            self.stale_tlb = True
+            self.unflushed = True
         return 0
 
     def mmu_update(self, address: int, value: int, preserve_ad: bool = False) -> int:
@@ -296,7 +313,7 @@ class PageTables:
             return -errno.EINVAL
         self.pinned[mfn] = 0
         self.put_type(mfn)
-        self.stale_tlb = True
+        self.unflushed = True
         return 0
 
     # -- the software walk ---
@@ -304,21 +321,27 @@ class PageTables:
     def walk(self, l4: int, address: int, write: bool = False) -> int:
         """Return the machine address a guest virtual address maps to, or -1."""
         q = self.q
-        need = PTE_PRESENT | PTE_USER | (PTE_RW if write else 0)
+        need = PTE_PRESENT | PTE_USER | PTE_RW if write else PTE_PRESENT | PTE_USER
         if (address >> 47) not in (0, 0x1FFFF):
             return -1
-        table = l4
-        for shift in (39, 30, 21):
-            entry = q[(table << 9) + ((address >> shift) & 511)]
-            if entry & need != need:
-                return -1
-            if entry & PTE_PSE:
-                return (entry & PTE_FRAME_MASK) + (address & ((1 << shift) - 1))
-            table = (entry & PTE_FRAME_MASK) >> PAGE_SHIFT
-        entry = q[(table << 9) + ((address >> 12) & 511)]
+        # Unrolled: each crossing walks. A frame's address / 8 is where its words begin in q.
+        entry = q[l4 << 9 | address >> 39 & 511]
         if entry & need != need:
             return -1
-        return (entry & PTE_FRAME_MASK) | (address & 0xFFF)
+        entry = q[(entry & PTE_FRAME_MASK) >> 3 | address >> 30 & 511]
+        if entry & need != need:
+            return -1
+        if entry & PTE_PSE:
+            return (entry & PTE_FRAME_MASK) + (address & ((1 << 30) - 1))
+        entry = q[(entry & PTE_FRAME_MASK) >> 3 | address >> 21 & 511]
+        if entry & need != need:
+            return -1
+        if entry & PTE_PSE:
+            return (entry & PTE_FRAME_MASK) + (address & ((1 << 21) - 1))
+        entry = q[(entry & PTE_FRAME_MASK) >> 3 | address >> 12 & 511]
+        if entry & need != need:
+            return -1
+        return entry & PTE_FRAME_MASK | address & 0xFFF
 
     def l1_slot(self, l4: int, address: int) -> int:
         """Return the machine address of the L1 entry of a guest virtual address, or -1."""

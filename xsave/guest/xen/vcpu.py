@@ -13,7 +13,9 @@ Facts that cost hours, and where they show here:
 * of the instruction hooks only the first one, syscall, is called for sure: the emulator leaves the
   list as soon as a stop is wanted, also by another thread. A lost rdtsc hook would show the guest
   the host's TSC now and then: cr4.TSD makes the instruction fault instead, as Xen can do too;
-* port I/O never faults, whatever the privileges: reads are answered, all ones as no device does;
+* port I/O never faults, whatever the privileges: reads are answered, all ones as no device does,
+  but for the timer chip's counter 2, which stands still at 0: Linux calibrates its clock by that,
+  and waits for all ones to change with 50,000 reads of the TSC;
 * `emu_start(until)` with an unmapped address leaves a hidden fault behind: 0 is used;
 * what is translated for counted runs is another code than for free ones: a change drops all of it;
 * stores by the host into code are not noticed: `forget_code` (ctl_remove_cache takes virtual
@@ -60,6 +62,30 @@ _GPR8 = (
 )  # fmt: skip
 
 
+#: The timer chip's counter 2.
+_TIMER_2 = 0x42
+
+
+def _direct_calls() -> ctypes.PyDLL:
+    """Calls too short to be worth giving the GIL away for, and some that no API leads to."""
+    library = ctypes.PyDLL(uclib._name)
+    try:
+        for name, *arguments in (
+            ("tlb_flush_x86_64", ctypes.c_void_p),
+            ("tlb_flush_page_x86_64", ctypes.c_void_p, ctypes.c_uint64),
+            ("uc_reg_read", ctypes.c_void_p, ctypes.c_int, ctypes.c_void_p),
+            ("uc_reg_write", ctypes.c_void_p, ctypes.c_int, ctypes.c_void_p),
+        ):
+            function = getattr(library, name)
+            function.argtypes, function.restype = arguments, None
+    except AttributeError as e:
+        raise cpuregs.UnsupportedEmulator(f"this unicorn has no {e} (2.1.4 is known)") from e
+    return library
+
+
+_direct = _direct_calls()
+
+
 class Handler(Protocol):
     """What the hypervisor does at each crossing. Registers are in `cpu.q`."""
 
@@ -84,7 +110,8 @@ class Cpu:
         address = ctypes.addressof(ctypes.c_char.from_buffer(machine.map))
         self._uc.mem_map_ptr(0, len(machine.map), UC_PROT_ALL, address)
         self._handle = self._uc._uch
-        self.state = cpuregs.CpuState(self._locate())
+        self._cpu, state = self._locate()
+        self.state = cpuregs.CpuState(state)
         self.q = self.state.q
         self._word = ctypes.c_uint64(0)
         self._word_ref = ctypes.byref(self._word)
@@ -98,7 +125,7 @@ class Cpu:
         self.handler = handler
         self._hook(handler)
 
-    def _locate(self) -> int:
+    def _locate(self) -> tuple[int, int]:
         saved = [self._uc.reg_read(r) for r in _GPR8]
         for register, value in zip(_GPR8, _SIGNATURE, strict=True):
             self._uc.reg_write(register, value)
@@ -130,8 +157,8 @@ class Cpu:
             handler.cpuid()
             return 1
 
-        def on_in(_uc: Uc, _port: int, size: int, _data: object) -> int:
-            return (1 << 8 * size) - 1
+        def on_in(_uc: Uc, port: int, size: int, _data: object) -> int:
+            return 0 if port == _TIMER_2 else (1 << 8 * size) - 1
 
         uc.hook_add(
             UC_HOOK_INSN, lambda _uc, _d: handler.syscall(), None, 1, 0, x86.UC_X86_INS_SYSCALL
@@ -248,18 +275,22 @@ class Cpu:
 
     @property
     def rflags(self) -> int:
-        uclib.uc_reg_read(self._handle, x86.UC_X86_REG_RFLAGS, self._word_ref)
+        _direct.uc_reg_read(self._handle, x86.UC_X86_REG_RFLAGS, self._word_ref)
         return self._word.value
 
     @rflags.setter
     def rflags(self, value: int) -> None:
         self._word.value = value
-        uclib.uc_reg_write(self._handle, x86.UC_X86_REG_RFLAGS, self._word_ref)
+        _direct.uc_reg_write(self._handle, x86.UC_X86_REG_RFLAGS, self._word_ref)
 
     def load_cr3(self, value: int) -> None:
-        """Switch address space; also the only TLB flush there is."""
-        self._word.value = value
-        uclib.uc_reg_write(self._handle, x86.UC_X86_REG_CR3, self._word_ref)
+        """Switch address space and forget all translations. Paging must be on."""
+        self.q[cpuregs.CR3] = value
+        _direct.tlb_flush_x86_64(self._cpu)
+
+    def flush_page(self, address: int) -> None:
+        """Forget the translations of one page: invlpg."""
+        _direct.tlb_flush_page_x86_64(self._cpu, address)
 
     def set_selectors(self, cs: int, ss: int) -> None:
         q = self.q

@@ -79,6 +79,7 @@ def _decrease(hv: Hypervisor, mfns: list[int]) -> int:
         if mfn in given or not tables.owned(mfn) or tables.refs[mfn] or tables.count[mfn]:
             break
         given[mfn] = None
+    tables.stale_tlb = tables.stale_tlb or tables.unflushed  # they may become another domain's
     hv.domain.machine.free(np.array(list(given), np.uint64))
     return len(given)
 

@@ -10,6 +10,7 @@ import struct
 
 import numpy as np
 
+from xsave.frames import PTE_PRESENT
 from xsave.guest.xen.context import Vcpu
 from xsave.guest.xen.hypervisor import Hypervisor
 from xsave.guest.xen.pagetable import PGT_L4, PGT_WRITABLE
@@ -17,9 +18,10 @@ from xsave.guest.xen.pagetable import PGT_L4, PGT_WRITABLE
 _MAX_BATCH = 1 << 14
 _DOMID_SELF = 0x7FF0
 _UPDATE, _MACHPHYS, _PRESERVE_AD, _NO_TRANSLATE = range(4)
-_UVMF_FLUSH = 3
+_UVMF_TLB_FLUSH, _UVMF_INVLPG = 1, 2
 _PIN_LAST, _UNPIN, _NEW_BASEPTR = 3, 4, 5
-_FLUSHES = range(6, 12)
+# Of this vCPU, of some, of all: the others begin with a flush when they get the CPU.
+_FLUSHES, _PAGE_FLUSHES = (6, 8, 10), (7, 9, 11)
 _FLUSH_CACHE, _SET_LDT, _FLUSH_CACHE_GLOBAL, _NEW_USER_BASEPTR = 12, 13, 18, 15
 _CLEAR_PAGE, _COPY_PAGE, _MARK_SUPER, _UNMARK_SUPER = 16, 17, 19, 20
 _MMU_UPDATE_PREEMPTED = 1 << 31
@@ -62,12 +64,16 @@ def _one_update(hv: Hypervisor, address: int, value: int) -> int:
 def update_va_mapping(
     hv: Hypervisor, vcpu: Vcpu, address: int, value: int, flags: int, _4: int, _5: int
 ) -> int:
-    slot = hv.tables.l1_slot(vcpu.cr3 >> 12, address)
+    tables = hv.tables
+    slot = tables.l1_slot(vcpu.cr3 >> 12, address)
     if slot < 0:
         return -errno.EINVAL
-    rc = hv.tables.mmu_update(slot, value)
-    if flags & _UVMF_FLUSH:
-        hv.tables.stale_tlb = True
+    was_present = tables.q[slot >> 3] & PTE_PRESENT
+    rc = tables.mmu_update(slot, value)
+    if flags & _UVMF_TLB_FLUSH:
+        tables.stale_tlb = True
+    elif was_present or flags & _UVMF_INVLPG:
+        tables.flush_page(address)
     return rc
 
 
@@ -100,6 +106,9 @@ def _one_op(hv: Hypervisor, vcpu: Vcpu, command: int, arg1: int, arg2: int) -> i
         return _new_user_baseptr(hv, vcpu, arg1)
     if command in _FLUSHES:
         tables.stale_tlb = True
+        return 0
+    if command in _PAGE_FLUSHES:
+        tables.flush_page(arg1)
         return 0
     if command == _SET_LDT:
         return 0 if not arg2 else -errno.ENOSYS
