@@ -34,12 +34,17 @@ CODE = 0x00AFFB000000FFFF  # a present code descriptor of DPL 3
 class Refusal(Exception):
     """The request is refused; whatever it did so far did not happen."""
 
+    def __init__(self, rc: int) -> None:
+        super().__init__()
+        self.rc = rc
+
 
 class Model:
     """The frames a domain may name, with their type, count, references, pin and contents."""
 
-    def __init__(self, frames: list[int], xen_entries: dict[int, int]) -> None:
+    def __init__(self, frames: list[int], xen_entries: dict[int, int], nr_frames: int) -> None:
         self.xen_entries = xen_entries
+        self.nr_frames = nr_frames  # of the machine
         self.type = dict.fromkeys(frames, PGT_NONE)
         self.count = dict.fromkeys(frames, 0)
         self.refs = dict.fromkeys(frames, 0)
@@ -47,18 +52,18 @@ class Model:
         self.content: dict[int, dict[int, int]] = {mfn: {} for mfn in frames}
 
     def attempt(self, request, *args) -> int:
-        """Do a request wholly or not at all: 0, or -EINVAL."""
+        """Do a request wholly or not at all: 0, or a negative errno."""
         before = copy.deepcopy(self.__dict__)
         try:
             request(*args)
-        except Refusal:
+        except Refusal as refusal:
             self.__dict__ = before
-            return REFUSED
+            return refusal.rc
         return 0
 
-    def require(self, condition) -> None:
+    def require(self, condition, rc: int = REFUSED) -> None:
         if not condition:
-            raise Refusal
+            raise Refusal(rc)
 
     # -- requests ---
 
@@ -131,11 +136,15 @@ class Model:
 
     def link(self, entry: int, level: int) -> None:
         target = (entry & FRAME) >> 12
-        self.require(not entry & FORBIDDEN[level] and target in self.type)
+        self.require(not entry & FORBIDDEN[level])
         if level > PGT_L1:
             self.take(target, level - 1)
-        elif entry & PTE_RW:
-            self.take(target, PGT_WRITABLE)
+        else:
+            self.require(target in self.type, no_page(target, self.nr_frames))
+            writable = self.type[target] == PGT_WRITABLE or not self.count[target]
+            self.require(writable or not entry & PTE_RW, -errno.EBUSY)
+            if entry & PTE_RW:
+                self.take(target, PGT_WRITABLE)
         self.refs[target] += 1
 
     def unlink(self, entry: int, level: int) -> None:
@@ -146,9 +155,16 @@ class Model:
 
     def descriptors(self, mfn: int) -> None:
         present = {s: d for s, d in self.content[mfn].items() if d >> 47 & 1}
-        self.require(all(d >> 44 & 1 for d in present.values()))
-        if any(d >> 45 & 3 == 0 for d in present.values()):
-            self.content[mfn] |= {slot: d | 3 << 45 for slot, d in present.items()}
+        self.require(all(d >> 44 & 1 or not d >> 40 & 15 for d in present.values()))
+        segments = {slot: d | 3 << 45 for slot, d in present.items() if d >> 44 & 1}
+        self.content[mfn] |= segments
+
+
+def no_page(mfn: int, nr_frames: int) -> int:
+    """What an L1 entry is refused with that names another's frame, or none."""
+    if mfn < nr_frames:
+        return -errno.EBUSY
+    return -errno.EINVAL if mfn == FRAME >> 12 else -errno.EPERM
 
 
 def recount(machine, frames: list[int]) -> tuple[Counter, Counter]:

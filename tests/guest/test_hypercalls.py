@@ -61,10 +61,10 @@ def test_copies_to_read_only_memory(guest, page):
         (17, (1, pointer)),
         (17, (3, pointer)),
         (12, (12, pointer)),
-        (1, (guest.va(ARGS), 0, pointer, 0x7FF0)),
-        (26, (guest.va(ARGS), 0, pointer, 0x7FF0)),
     ):
         assert call(guest, number, *arguments) == FAULT
+    for number in (1, 26):  # the count of those done is told if it can be
+        assert call(guest, number, guest.va(ARGS), 0, pointer, 0x7FF0) == 0
     guest.poke(ARGS, 0, struct.pack("<IxxxxQ", 1, pointer))
     assert call(guest, 12, 9, guest.va(ARGS)) == FAULT
     guest.poke(ARGS, 0, bytes(16))
@@ -83,9 +83,10 @@ def test_structures_may_cross_pages(guest):
 
 
 def test_absurd_lengths(guest):
-    """A length beyond all reason reads nothing."""
+    """A length beyond all reason ends where the memory does, if not at something wrong before."""
     for number in (1, 13, 26):
-        assert call(guest, number, guest.va(ARGS), 1 << 30) == REFUSED
+        guest.poke(ARGS, 0, bytes(4096))
+        assert call(guest, number, guest.va(ARGS), 1 << 30, 0, 0x7FF0) < 0
     assert call(guest, 18, 0, M64, guest.va(0)) == 0  # the console takes a page of it
 
 
@@ -94,18 +95,20 @@ def test_absurd_lengths(guest):
 
 @pytest.mark.parametrize("in_use", [False, True])
 def test_descriptors_are_checked(guest, in_use):
-    """Code and data of rings 1 to 3 and absent descriptors are written, into a page in use as GDT
-    or an ordinary one; gates, system descriptors and ring 0 are refused in either."""
+    """Code and data, as of ring 3, absent descriptors and those of type 0 are written, into a page
+    in use as GDT or an ordinary one; gates and system descriptors are refused in either."""
     (gdt,) = guest.unmap(5)
     if in_use:
         assert guest.tables.get_type(gdt, PGT_SEG_DESC) == 0
     at = gdt << 12 | 40
-    for good in (CODE, 0, GATE & ~(1 << 47), CODE & ~(2 << 45)):
-        assert guest.hv.call(UPDATE_DESCRIPTOR, at, good, 0, 0, 0) == 0
-        assert guest.machine.mem[gdt, 5] == good
-    for bad in (GATE, CODE & ~(1 << 44), CODE & ~(3 << 45), 0x0000_8900_0000_0067):
+    rings = {CODE & ~(bits << 45): CODE for bits in range(4)}
+    same = (0, GATE & ~(1 << 47), 0x0000_8000_1234_5678)
+    for given, written in (rings | dict(zip(same, same, strict=True))).items():
+        assert guest.hv.call(UPDATE_DESCRIPTOR, at, given, 0, 0, 0) == 0
+        assert guest.machine.mem[gdt, 5] == written
+    for bad in (GATE, CODE & ~(1 << 44), 0x0000_8900_0000_0067, 0x0000_EC00_0000_0000):
         assert guest.hv.call(UPDATE_DESCRIPTOR, at, bad, 0, 0, 0) == REFUSED
-        assert guest.machine.mem[gdt, 5] == CODE & ~(2 << 45)
+        assert guest.machine.mem[gdt, 5] == same[-1]
     assert guest.tables.count[gdt] == in_use
 
 
@@ -290,7 +293,6 @@ def test_multicall(guest):
     guest.poke(ARGS, 0, entry(17, 7) + entry(20) + entry(13, 0, 0) + entry(9, 0) + entry(17, 3, 8))
     assert call(guest, 13, guest.va(ARGS), 5) == 0
     assert results(guest, 5) == [4096, UNKNOWN, UNKNOWN, -1, FAULT]
-    assert call(guest, 13, guest.va(ARGS), (1 << 12) + 1) == REFUSED
 
 
 def test_a_multicall_ends_with_the_domain(guest):

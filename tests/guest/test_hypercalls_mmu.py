@@ -14,7 +14,7 @@ from xsave.guest.xen.pagetable import PGT_L1, PGT_L3, PGT_L4, PGT_SEG_DESC
 SELF = 0x7FF0
 MMU_UPDATE, UPDATE_VA_MAPPING, MMUEXT_OP = 1, 14, 26
 PIN_L1, UNPIN, NEW_BASEPTR, NEW_USER_BASEPTR, CLEAR_PAGE, COPY_PAGE = 0, 4, 5, 15, 16, 17
-REFUSED = -errno.EINVAL
+REFUSED, BUSY = -errno.EINVAL, -errno.EBUSY
 ARGS, DONE = 3, 4  # pages of the guest
 M2P = 0xFFFF_8000_0000_0000
 GATE = 0x0000_8E00_0000_1234
@@ -56,15 +56,18 @@ def test_an_update_of_a_table(guest):
 
 
 def test_a_foreign_frame_is_refused(guest, foreign):
-    """An entry that names another domain's frame, Xen's or none is -EINVAL, whatever its rights;
-    so is writing into such a frame, and the requests before it stay done."""
+    """An entry that names another domain's frame or Xen's is -EBUSY, whatever its rights, one that
+    names no memory -EPERM; writing into such a frame is -EINVAL, and the requests before it stay
+    done."""
     machine = guest.machine
     before = machine.pages[foreign].tobytes(), machine.refs[foreign], machine.type_count[foreign]
     for mfn in (foreign, guest.domain.scratch_mfn, 1, machine.nr_frames, (1 << 40) - 1):
         for flags in (FULL, PTE_PRESENT):
             good = (l1_entry(guest, 60), guest.frames[5] << 12 | FULL)
             bad = (l1_entry(guest, 61), mfn << 12 | flags)
-            assert update(guest, good, bad, good) == (REFUSED, 1)
+            rc = -errno.EBUSY if mfn < machine.nr_frames else -errno.EPERM
+            rc = REFUSED if mfn == (1 << 40) - 1 else rc
+            assert update(guest, good, bad, good) == (rc, 1)
             assert guest.machine.mem[guest.l1, 61] == 0
         assert update(guest, (mfn << 12, 0xBAD)) == (REFUSED, 0)
         assert update(guest, (mfn << 12 | 1, 0xBAD)) == (REFUSED, 0)
@@ -73,21 +76,23 @@ def test_a_foreign_frame_is_refused(guest, foreign):
 
 
 def test_no_table_is_mapped_writable(guest):
-    """A writable entry for any page table, or for a page of descriptors, is -EINVAL; a read-only
-    one is not."""
+    """A writable entry for any page table, or for a page of descriptors, is -EBUSY; a read-only
+    one is right."""
     (gdt,) = guest.unmap(5)
     assert guest.tables.get_type(gdt, PGT_SEG_DESC) == 0
     for mfn in (guest.l1, guest.l2, guest.l3, guest.l4, gdt):
-        assert update(guest, (l1_entry(guest, 70), mfn << 12 | FULL)) == (REFUSED, 0)
+        assert update(guest, (l1_entry(guest, 70), mfn << 12 | FULL)) == (BUSY, 0)
         assert update(guest, (l1_entry(guest, 70), mfn << 12 | READ_ONLY)) == (0, 1)
-        assert guest.hv.call(UPDATE_VA_MAPPING, guest.va(70), mfn << 12 | FULL, 0, 0, 0) == REFUSED
+        assert guest.hv.call(UPDATE_VA_MAPPING, guest.va(70), mfn << 12 | FULL, 0, 0, 0) == BUSY
 
 
 def test_an_update_of_an_ordinary_page(guest):
-    """Eight bytes of a page that is no table are written as they are."""
+    """Eight bytes of a page that is no table are written as they are; the lowest three bits of an
+    address are the command, of which there are four."""
     assert update(guest, (guest.frames[5] << 12 | 24, 0x1234567)) == (0, 1)
     assert guest.peek(5, 24, 8) == struct.pack("<Q", 0x1234567)
-    assert update(guest, (guest.frames[5] << 12 | 28, 1))[0] == REFUSED
+    for command in range(4, 8):
+        assert update(guest, (guest.frames[5] << 12 | 24 | command, 1)) == (-errno.ENOSYS, 0)
 
 
 def test_a_descriptor_page_is_not_written_by_mmu_update(guest):
@@ -117,22 +122,29 @@ def test_accessed_and_dirty_bits_are_preserved(guest):
 
 
 def test_other_domains_tables_are_out_of_reach(guest, foreign):
-    """Naming another domain as the owner is -ESRCH; by its own number a guest may name itself."""
-    for domid in (0, 2, 0x7FF1, 0x7FF2):
+    """Naming another domain as the owner is -ESRCH, and so is naming itself by its own number."""
+    for domid in (0, 1, 2, 0x7FF2, SELF | 3 << 16):
         request = (l1_entry(guest, 50), guest.frames[5] << 12 | FULL)
         assert update(guest, request, domid=domid) == (-errno.ESRCH, 0)
-    assert update(guest, (l1_entry(guest, 50), 0), domid=1) == (0, 1)
+        rc = 0 if domid & 0xFFFF == SELF else -errno.ESRCH  # here the upper half means nothing
+        assert mmuext(guest, (CLEAR_PAGE, guest.frames[5]), domid=domid)[0] == rc
+    assert update(guest, (l1_entry(guest, 50), 0), domid=SELF | 2 << 16) == (0, 1)
     assert guest.machine.mem[guest.l1, 50] == 0
 
 
 def test_batches(guest):
-    """An empty batch is fine, a huge one -EINVAL, requests that are not there -EFAULT; the count
-    of those done need not be asked for, but must have a place if it is."""
+    """An empty batch is fine, requests that are not there are -EFAULT once it is their turn; the
+    count of those done need not be asked for, nor have a place."""
     assert update(guest) == (0, 0)
-    assert update(guest, count=1 << 15)[0] == REFUSED
     assert update(guest, count=1 << 31)[0] == 0  # MMU_UPDATE_PREEMPTED, of none
     assert guest.hv.call(MMU_UPDATE, 0x1000, 1, 0, SELF, 0) == -errno.EFAULT
-    assert guest.hv.call(MMU_UPDATE, guest.va(ARGS), 0, 0x1000, SELF, 0) == -errno.EFAULT
+    assert guest.hv.call(MMU_UPDATE, guest.va(ARGS), 0, 0x1000, SELF, 0) == 0
+    request = struct.pack("<QQ", l1_entry(guest, 50), guest.frames[5] << 12 | FULL)
+    guest.poke(guest.nr - 1, 4096 - 32, 2 * request)
+    last = guest.va(guest.nr - 1, 4096 - 32)  # behind it are the tables
+    for count in (300, 1 << 30):
+        assert guest.hv.call(MMU_UPDATE, last, count, guest.va(DONE), SELF, 0) < 0
+        assert guest.peek(DONE, 0, 4) == struct.pack("<I", 2)
     assert update(guest, (l1_entry(guest, 50), 0), done=False) == (0, 99)
 
 
@@ -232,7 +244,7 @@ def test_the_table_in_use_cannot_be_taken_apart(guest):
     assert mmuext(guest, (UNPIN, guest.l4)) == (0, 1)
     assert guest.tables.ptype[guest.l4] == PGT_L4
     assert guest.tables.ptype[guest.l3] == PGT_L3
-    assert update(guest, (l1_entry(guest, 70), guest.l4 << 12 | FULL)) == (REFUSED, 0)
+    assert update(guest, (l1_entry(guest, 70), guest.l4 << 12 | FULL)) == (BUSY, 0)
 
 
 def test_clear_and_copy(guest):
@@ -250,18 +262,25 @@ def test_clear_and_copy(guest):
 
 
 def test_flushes_and_the_rest(guest):
-    """Every flush makes the TLB stale, or a page of it; an empty LDT is fine and another is not;
-    what does not exist is -ENOSYS."""
+    """Every flush makes the TLB stale, or a page of it, of some vCPUs only with their mask; an
+    empty LDT is fine, another is not, and where none can be it is -EINVAL; caches are not a
+    guest's to flush; what does not exist is -ENOSYS."""
     for command in (6, 8, 10):
         guest.tables.stale_tlb = False
-        assert mmuext(guest, (command, 0)) == (0, 1)
+        assert mmuext(guest, (command, 0, guest.va(DONE))) == (0, 1)
         assert guest.tables.stale_tlb
     guest.tables.stale_tlb = False
     for command in (7, 9, 11):
-        assert mmuext(guest, (command, guest.va(command))) == (0, 1)
+        assert mmuext(guest, (command, guest.va(command), guest.va(DONE))) == (0, 1)
     assert not guest.tables.stale_tlb
     assert guest.tables.stale_pages == [guest.va(command) for command in (7, 9, 11)]
+    for command in (8, 9):
+        assert mmuext(guest, (command, 0, 0x1000)) == (REFUSED, 0)
     assert mmuext(guest, (13, 0, 0)) == (0, 1)
+    for address, nr in ((8, 5), (0, 8193), (0xFFFF_8000_0000_0000, 5), (1 << 47, 5)):
+        assert mmuext(guest, (13, address, nr)) == (REFUSED, 0)
+    refused = {12: errno.EACCES, 18: errno.EINVAL, 19: errno.EOPNOTSUPP, 20: errno.EOPNOTSUPP}
+    for command, error in refused.items():
+        assert mmuext(guest, (command, 0)) == (-error, 0)
     for op in ((13, 0, 5), (14, 0), (21, 0), (1 << 31, 0)):
         assert mmuext(guest, op) == (-errno.ENOSYS, 0)
-    assert guest.hv.call(MMUEXT_OP, guest.va(ARGS), 1 << 15, 0, SELF, 0) == REFUSED

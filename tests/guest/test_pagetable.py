@@ -73,7 +73,7 @@ class World(RuleBasedStateMachine):
         self.names = [*self.frames, xen, foreign, free, 0, 1, machine.nr_frames, (1 << 40) - 1, 600]
         self.outside = [xen, foreign]
         self.tables = PageTables(machine, DOMID, XEN_ENTRIES)
-        self.model = Model(self.frames, XEN_ENTRIES)
+        self.model = Model(self.frames, XEN_ENTRIES, self.machine.nr_frames)
         self.held = Counter()
 
     def teardown(self):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+
 import numpy as np
 import pytest
 
@@ -50,13 +52,13 @@ FORBIDDEN_FLAGS = [
 ]
 
 
-def refused_both_ways(tables, table, level, entry):
+def refused_both_ways(tables, table, level, entry, rc=REFUSED):
     """An entry is refused in a table that is validated and in one that is in use."""
     assert tables.mmu_update((table << 12) + 8, entry) == 0
-    assert tables.pin(table, level) == REFUSED
+    assert tables.pin(table, level) == rc
     assert tables.mmu_update((table << 12) + 8, 0) == 0
     assert tables.pin(table, level) == 0
-    assert tables.mmu_update((table << 12) + 8, entry) == REFUSED
+    assert tables.mmu_update((table << 12) + 8, entry) == rc
     assert tables.q[(table << 9) + 1] == 0
     assert not tables.count[tables.frames[1]]
 
@@ -71,10 +73,11 @@ def test_forbidden_flags(tables, level, flag):
 @pytest.mark.parametrize("level", range(PGT_L1, PGT_L4 + 1))
 @pytest.mark.parametrize("flags", [PTE_PRESENT, FULL])
 @pytest.mark.parametrize(
-    "whose", ["another's", "Xen's", "Xen's of this domain", "nobody's", "none"]
+    "whose", ["another's", "Xen's", "Xen's of this domain", "nobody's", "none", "INVALID_MFN"]
 )
 def test_forbidden_frames(tables, level, flags, whose):
-    """No entry of any level names a frame that is not the guest's own, not even to read it."""
+    """No entry of any level names a frame that is not the guest's own, not even to read it: an L1
+    entry is -EBUSY where there is memory, -EPERM where there is none."""
     machine = tables.machine
     own_of_xen = int(machine.allocate(DOMID, 1)[0])
     machine.page_type[own_of_xen] = PGT_XEN
@@ -84,8 +87,11 @@ def test_forbidden_frames(tables, level, flags, whose):
         "Xen's of this domain": own_of_xen,
         "nobody's": int(np.flatnonzero(machine.owner == DOMID_FREE)[0]),
         "none": machine.nr_frames,
+        "INVALID_MFN": (1 << 40) - 1,
     }[whose]
-    refused_both_ways(tables, tables.frames[0], level, target << 12 | flags)
+    rc = {"none": -errno.EPERM, "INVALID_MFN": REFUSED}.get(whose, -errno.EBUSY)
+    rc = rc if level == PGT_L1 else REFUSED
+    refused_both_ways(tables, tables.frames[0], level, target << 12 | flags, rc)
     assert not machine.refs[: machine.nr_frames].any()
 
 
@@ -93,11 +99,11 @@ def test_a_table_cannot_map_itself_writable(tables):
     """An L1 may map itself and other tables read-only, never writable."""
     l1 = tables.frames[0]
     write(tables, l1, 0, l1)
-    assert tables.pin(l1, PGT_L1) == REFUSED
+    assert tables.pin(l1, PGT_L1) == -errno.EBUSY
     assert (tables.ptype[l1], tables.count[l1], tables.refs[l1]) == (0, 0, 0)
     write(tables, l1, 0, l1, READ_ONLY)
     assert tables.pin(l1, PGT_L1) == 0
-    assert tables.update_entry(l1, 0, l1 << 12 | FULL) == REFUSED
+    assert tables.update_entry(l1, 0, l1 << 12 | FULL) == -errno.EBUSY
     assert tables.q[l1 << 9] == l1 << 12 | READ_ONLY
 
 
@@ -125,13 +131,14 @@ def test_a_table_in_use_has_one_level(tables):
 
 
 def test_a_refused_tree_leaves_nothing(tables):
-    """A bad entry at the bottom of a tree refuses the whole of it, and no count stays."""
+    """A bad entry at the bottom of a tree refuses the whole of it, with the error of that entry,
+    and no count stays."""
     l4, l3, l2, good, bad, page = tables.frames[:6]
     for table, slot, target in ((l4, 0, l3), (l3, 0, l2), (l2, 0, good), (l2, 1, bad)):
         write(tables, table, slot, target)
     write(tables, good, 0, page)
     write(tables, bad, 0, tables.nr_frames)
-    assert tables.pin(l4, PGT_L4) == REFUSED
+    assert tables.pin(l4, PGT_L4) == -errno.EPERM
     machine = tables.machine
     for column in (machine.page_type, machine.type_count, machine.refs, machine.pinned):
         assert not column[tables.frames].any()

@@ -14,6 +14,19 @@ from xsave.guest.xen.pagetable import PageTables
 MAX_COPY_BYTES = 1 << 20
 
 
+_XEN_START, _XEN_END = 0xFFFF_8000_0000_0000, 0xFFFF_8800_0000_0000
+
+
+def is_canonical(address: int) -> bool:
+    """True if a CPU would not fault on the address before it even looks for a page."""
+    return address >> 47 in (0, 0x1FFFF)
+
+
+def is_guest_address(address: int) -> bool:
+    """__addr_ok: canonical, and outside Xen's part of the address space."""
+    return is_canonical(address) and not _XEN_START <= address < _XEN_END
+
+
 class GuestFault(Exception):
     """A guest pointer led nowhere; the hypercall returns -EFAULT."""
 

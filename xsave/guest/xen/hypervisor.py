@@ -47,7 +47,11 @@ _SYSCALL_BYTES = 2
 _CLEARED_FLAGS = 0x54100  # AC RF NT TF
 _MASKED_ON_FRAME = 0x3200  # IOPL IF
 
+#: A guest in virtual time is preempted by what it does, as real time must not matter to it.
+_VIRTUAL_PREEMPTION = 4096
+
 Hypercall = Callable[["Hypervisor", Vcpu, int, int, int, int, int], int]
+_ARGUMENTS = (RDI, RSI, RDX, R10, R8)
 
 
 class Hypervisor(GuestCpu):
@@ -57,6 +61,9 @@ class Hypervisor(GuestCpu):
         super().__init__(domain)
         self.table = table
         self.kicked = False
+        #: The arguments with which an interrupted hypercall is to be called again.
+        self.continuation: tuple[int, ...] | None = None
+        self._nr_steps = 0
         #: End a run as soon as it woke another vCPU: who sent an IPI often spins for the answer.
         self.hands_over = False
         self.nr_crossings = 0
@@ -72,6 +79,7 @@ class Hypervisor(GuestCpu):
     def run(self, count: int = 0) -> None:
         """Run the guest until it blocks, shuts down, is kicked, or `count` instructions passed."""
         self.kicked = False
+        self._nr_steps = 0
         self._deliver(0)
         if not self.kicked and self.domain.shutdown_reason is None:
             self.cpu.run(count)
@@ -88,8 +96,11 @@ class Hypervisor(GuestCpu):
         elif q[RAX] & 0xFFFFFFFF == _HYPERVISOR_IRET:
             self._iret()
         else:
-            result = self.call(q[RAX], q[RDI], q[RSI], q[RDX], q[R10], q[R8])
-            q[RAX] = result & M64
+            result = self.call(q[RAX], *(q[index] for index in _ARGUMENTS))
+            if self.continuation is None:
+                q[RAX] = result & M64
+            else:
+                self._call_again(self.continuation)
             self._flush()
         self._leave(_SYSCALL_BYTES)
 
@@ -102,6 +113,29 @@ class Hypervisor(GuestCpu):
             return handler(self, self.vcpu, *args)
         except GuestFault as fault:
             return fault.rc
+
+    def preempted(self) -> bool:
+        """hypercall_preempt_check(): True if somebody waits for this vCPU to leave a hypercall
+        of many steps; to be asked between two of them."""
+        self._nr_steps += 1
+        if self.domain.clock.virtual and self._nr_steps % _VIRTUAL_PREEMPTION == 0:
+            self.kicked = True
+        return self.kicked
+
+    def continue_with(self, *arguments: int) -> int:
+        """hypercall_create_continuation(): what this hypercall returns when it was preempted.
+
+        The guest will call it again with these arguments as soon as it runs, and see nothing."""
+        self.continuation = arguments
+        return 0
+
+    def _call_again(self, arguments: tuple[int, ...]) -> None:
+        """Leave the guest at its `syscall` instruction."""
+        q = self.q
+        for index, argument in zip(_ARGUMENTS, arguments, strict=False):
+            q[index] = argument & M64
+        q[RIP] = (q[RIP] - _SYSCALL_BYTES) & M64
+        self.continuation = None
 
     def _flush(self) -> None:
         """Before the guest goes on: what must be gone from the TLB."""

@@ -51,8 +51,22 @@ _DISALLOWED = {
 _AD = 0x60
 #: From so many on, forgetting everything is no dearer.
 _MAX_STALE_PAGES = 16
+#: What INVALID_MFN looks like in an entry.
+_NO_FRAME = PTE_FRAME_MASK >> PAGE_SHIFT
+_DESCRIPTOR_DPL = 3 << 45
 #: Of the counts' own dtype: ufunc.at is 15 times slower where it must convert.
 _ONE = np.uint32(1)
+
+
+def fix_descriptor(descriptor: int) -> int | None:
+    """Return a segment descriptor as a guest may have it, None for one it may not (Xen's
+    check_descriptor): any code or data, but of user privilege; of the others none that does
+    something. (Xen takes call gates and emulates them.)"""
+    if not descriptor >> 47 & 1:
+        return descriptor
+    if descriptor >> 44 & 1:
+        return descriptor | _DESCRIPTOR_DPL
+    return None if descriptor >> 40 & 15 else descriptor
 
 
 class PageTables:
@@ -140,23 +154,41 @@ class PageTables:
         entries = rows[present]
         if not entries.size:
             return 0
-        if (entries & np.uint64(_DISALLOWED[PGT_L1])).any():
-            return -errno.EINVAL
         targets = (entries & np.uint64(PTE_FRAME_MASK)) >> np.uint64(PAGE_SHIFT)
-        if int(targets.max()) >= self.nr_frames:
-            return -errno.EINVAL
-        if (m.owner[targets] != self.domid).any() or (m.page_type[targets] == PGT_XEN).any():
-            return -errno.EINVAL
+        if rc := self._l1_refusal(entries, targets):
+            return rc
         writable = targets[(entries & PTE_RW) != 0]
-        busy = (m.page_type[writable] != PGT_WRITABLE) & (m.type_count[writable] != 0)
-        if busy.any():
-            return -errno.EINVAL
         np.add.at(m.type_count, writable, _ONE)
         m.page_type[writable] = PGT_WRITABLE
         np.add.at(m.refs, targets, _ONE)
         rows[present] = entries | np.uint64(PTE_USER)
         m.mem[mfns] = rows
         return 0
+
+    def _l1_refusal(self, entries: np.ndarray, targets: np.ndarray) -> int:
+        """Return why the first of these L1 entries (n,) that is wrong is so, 0 if all are right."""
+        m = self.machine
+        flags = (entries & np.uint64(_DISALLOWED[PGT_L1])) != 0
+        beyond = targets >= self.nr_frames
+        if beyond.any():
+            targets = np.where(beyond, np.uint64(0), targets)
+        strange = (m.owner[targets] != self.domid) | (m.page_type[targets] == PGT_XEN)
+        busy = (m.page_type[targets] != PGT_WRITABLE) & (m.type_count[targets] != 0)
+        busy &= (entries & PTE_RW) != 0
+        wrong = flags | beyond | strange | busy
+        if not wrong.any():
+            return 0
+        first = int(wrong.argmax())
+        if flags[first]:
+            return -errno.EINVAL
+        return self._no_page(int(entries[first] & np.uint64(PTE_FRAME_MASK)) >> PAGE_SHIFT)
+
+    def _no_page(self, mfn: int) -> int:
+        """The error of an L1 entry that names a frame it may not (get_page_from_l1e): no memory,
+        another's, or one that is used as something else."""
+        if mfn < self.nr_frames:
+            return -errno.EBUSY
+        return -errno.EINVAL if mfn == _NO_FRAME else -errno.EPERM
 
     def _hold_l1s(self, entries: list[int]) -> list[int]:
         """Validate the new L1 tables that entries of an L2 name, all at once, as many together
@@ -224,15 +256,13 @@ class PageTables:
                 self.q[(mfn << 9) + slot] = 0
 
     def _validate_descriptors(self, mfn: int) -> int:
-        """Only user-privilege (DPL 1-3) code/data descriptors, no gates: as Xen's alloc_segdesc."""
-        row = self.machine.mem[mfn]
-        present = row[(row >> np.uint64(47)) & np.uint64(1) != 0]
-        system = (present >> np.uint64(44)) & np.uint64(1) == 0
-        dpl0 = (present >> np.uint64(45)) & np.uint64(3) == 0
-        if system.any():
+        """validate_segdesc_page; the page is changed only if all of it is right."""
+        row = self.machine.mem[mfn].tolist()
+        fixed = [fix_descriptor(descriptor) for descriptor in row]
+        if None in fixed:
             return -errno.EINVAL
-        if dpl0.any():  # Xen lifts DPL 0 to 1 silently (fixup); keep the bits, lift to 3
-            row[((row >> np.uint64(47)) & np.uint64(1)) != 0] |= np.uint64(3 << 45)
+        if fixed != row:
+            self.machine.mem[mfn] = np.array(fixed, np.uint64)
         return 0
 
     # -- single entries ---
@@ -242,16 +272,11 @@ class PageTables:
         if entry & _DISALLOWED[level]:
             return -errno.EINVAL
         target = (entry & PTE_FRAME_MASK) >> PAGE_SHIFT
-        if not self.owned(target):
-            return -errno.EINVAL
         if level > PGT_L1:
-            rc = self.get_type(target, level - 1)
-            if rc:
+            if rc := self.get_type(target, level - 1):
                 return rc
-        elif entry & PTE_RW:
-            rc = self.get_type(target, PGT_WRITABLE)
-            if rc:
-                return rc
+        elif not self.owned(target) or (entry & PTE_RW and self.get_type(target, PGT_WRITABLE)):
+            return self._no_page(target)
         self.refs[target] += 1
         return 0
 

@@ -8,7 +8,7 @@ import struct
 from xsave.guest.xen.context import Vcpu
 from xsave.guest.xen.cpuregs import FS_BASE, GS_BASE
 from xsave.guest.xen.hypervisor import Hypervisor
-from xsave.guest.xen.pagetable import PGT_SEG_DESC, PGT_WRITABLE
+from xsave.guest.xen.pagetable import PGT_SEG_DESC, PGT_WRITABLE, fix_descriptor
 from xsave.public import VGCF_FAILSAFE_DISABLES_EVENTS, VGCF_SYSCALL_DISABLES_EVENTS
 
 _MAX_GDT_ENTRIES = 14 * 512
@@ -38,16 +38,13 @@ def set_gdt(hv: Hypervisor, vcpu: Vcpu, frames: int, entries: int, *_: int) -> i
 
 def update_descriptor(hv: Hypervisor, vcpu: Vcpu, maddr: int, descriptor: int, *_: int) -> int:
     """Write one descriptor into a page in use as GDT, or into an ordinary page."""
-    mfn = maddr >> 12
-    if not hv.tables.owned(mfn) or maddr & 7:
-        return -errno.EINVAL
-    present, dpl, code_or_data = descriptor >> 47 & 1, descriptor >> 45 & 3, descriptor >> 44 & 1
-    if present and (dpl == 0 or not code_or_data):
+    mfn, fixed = maddr >> 12, fix_descriptor(descriptor)
+    if not hv.tables.owned(mfn) or maddr & 7 or fixed is None:
         return -errno.EINVAL
     in_use = hv.tables.count[mfn] and hv.tables.ptype[mfn] == PGT_SEG_DESC
     rc = hv.tables.get_type(mfn, PGT_SEG_DESC if in_use else PGT_WRITABLE)
     if rc == 0:
-        hv.tables.q[maddr >> 3] = descriptor
+        hv.tables.q[maddr >> 3] = fixed
         hv.tables.put_type(mfn)
     return rc
 

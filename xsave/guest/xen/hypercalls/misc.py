@@ -19,7 +19,6 @@ _FEATURES = 0xF0
 _CONSOLE_WRITE = 0
 _PHYSDEV_SET_IOPL, _PHYSDEV_SET_IOBITMAP = 6, 7
 _MULTICALL_ENTRY = struct.Struct("<QqQQQQQQ")
-_MAX_MULTICALLS = 1 << 12
 _MAX_CONSOLE_BYTES = 4096
 _MULTICALL = 13
 
@@ -56,12 +55,19 @@ def console_io(hv: Hypervisor, vcpu: Vcpu, command: int, nr: int, buffer: int, *
 
 
 def multicall(hv: Hypervisor, vcpu: Vcpu, calls: int, nr: int, *_: int) -> int:
-    if nr > _MAX_MULTICALLS:
-        return -errno.EINVAL
+    """Preemptible between two calls and, by the arguments its entry then gets, inside of one."""
+    nr &= 0xFFFFFFFF
     for i in range(nr):
         address = calls + i * _MULTICALL_ENTRY.size
+        if i and hv.preempted():
+            return hv.continue_with(address, nr - i)
         op, _result, *args = _MULTICALL_ENTRY.unpack(hv.read(address, _MULTICALL_ENTRY.size))
         result = -errno.ENOSYS if op & 0xFFFFFFFF == _MULTICALL else hv.call(op, *args[:5])
+        if hv.continuation is not None:
+            args[: len(hv.continuation)] = hv.continuation
+            hv.continuation = None
+            hv.write(address + 16, struct.pack("<6Q", *args))
+            return hv.continue_with(address, nr - i)
         hv.write(address + 8, struct.pack("<Q", result & M64))
         if hv.domain.shutdown_reason is not None:
             break

@@ -5,51 +5,110 @@ Mirrors do_mmu_update and do_mmuext_op of xen/arch/x86/mm.c; no foreign domains.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import struct
+from collections.abc import Callable, Iterator
 
 import numpy as np
 
 from xsave.frames import PTE_PRESENT
 from xsave.guest.xen.context import Vcpu
+from xsave.guest.xen.guestmem import GuestFault, is_guest_address
 from xsave.guest.xen.hypervisor import Hypervisor
 from xsave.guest.xen.pagetable import PGT_L4, PGT_WRITABLE
 
-_MAX_BATCH = 1 << 14
+_REQUEST, _OP = struct.Struct("<QQ"), struct.Struct("<I4xQQ")
+_REQUESTS_AT_ONCE = 128
 _DOMID_SELF = 0x7FF0
 _UPDATE, _MACHPHYS, _PRESERVE_AD, _NO_TRANSLATE = range(4)
 _UVMF_TLB_FLUSH, _UVMF_INVLPG = 1, 2
 _PIN_LAST, _UNPIN, _NEW_BASEPTR = 3, 4, 5
 # Of this vCPU, of some, of all: the others begin with a flush when they get the CPU.
-_FLUSHES, _PAGE_FLUSHES = (6, 8, 10), (7, 9, 11)
+_FLUSHES, _PAGE_FLUSHES, _OF_SOME = (6, 8, 10), (7, 9, 11), (8, 9)
 _FLUSH_CACHE, _SET_LDT, _FLUSH_CACHE_GLOBAL, _NEW_USER_BASEPTR = 12, 13, 18, 15
 _CLEAR_PAGE, _COPY_PAGE, _MARK_SUPER, _UNMARK_SUPER = 16, 17, 19, 20
+#: A guest without devices may not flush caches; superpages are no business of a guest at all.
+_REFUSED = {
+    _FLUSH_CACHE: -errno.EACCES, _FLUSH_CACHE_GLOBAL: -errno.EINVAL,
+    _MARK_SUPER: -errno.EOPNOTSUPP, _UNMARK_SUPER: -errno.EOPNOTSUPP,
+}  # fmt: skip
+_MAX_LDT_ENTRIES = 8192
 _MMU_UPDATE_PREEMPTED = 1 << 31
 
 
 def mmu_update(
     hv: Hypervisor, vcpu: Vcpu, requests: int, count: int, done_ptr: int, foreign: int, _5: int
 ) -> int:
+    def one(request: bytes) -> int:
+        return _one_update(hv, *_REQUEST.unpack(request))
+
+    return _batch(hv, one, _REQUEST.size, (requests, count, done_ptr, foreign))
+
+
+def _batch(
+    hv: Hypervisor, one: Callable[[bytes], int], size: int, arguments: tuple[int, int, int, int]
+) -> int:
+    """Do requests of `size` bytes until one fails; a wanted vCPU goes on with the rest later, and
+    the count of all that were done is kept where the guest will find it."""
+    requests, count, done_ptr, foreign = arguments
+    before = 0
+    if count & _MMU_UPDATE_PREEMPTED and done_ptr:
+        before = _read_count(hv, done_ptr)
     count &= 0xFFFFFFFF & ~_MMU_UPDATE_PREEMPTED
-    if count > _MAX_BATCH:
-        return -errno.EINVAL
-    rc, done = 0, 0
-    raw = hv.read(requests, 16 * count)
-    if foreign & 0xFFFF not in (_DOMID_SELF, hv.domain.domid):
-        rc, raw = -errno.ESRCH, b""
-    for address, value in struct.iter_unpack("<QQ", raw):
-        rc = _one_update(hv, address, value)
-        if rc:
-            break
-        done += 1
+    if rc := _foreign(hv, foreign):
+        count = 0
+    done = 0
+    try:
+        for request in _requests(hv, requests, size, count):
+            if done and hv.preempted():
+                rest = (count - done) | _MMU_UPDATE_PREEMPTED
+                hv.continue_with(requests + size * done, rest, done_ptr, foreign)
+                break
+            if rc := one(request):
+                break
+            done += 1
+    except GuestFault as fault:
+        rc = fault.rc
     if done_ptr:
-        hv.write(done_ptr, struct.pack("<I", done))
+        with contextlib.suppress(GuestFault):
+            hv.write(done_ptr, struct.pack("<I", (before + done) & 0xFFFFFFFF))
     return rc
 
 
+def _requests(hv: Hypervisor, address: int, size: int, count: int) -> Iterator[bytes]:
+    """The requests one after the other; some at once where they can be read so."""
+    while count:
+        nr = min(count, _REQUESTS_AT_ONCE)
+        try:
+            piece = hv.read(address, size * nr)
+        except GuestFault:
+            nr, piece = 1, hv.read(address, size)
+        for at in range(0, len(piece), size):
+            yield piece[at : at + size]
+        address, count = address + size * nr, count - nr
+
+
+def _read_count(hv: Hypervisor, address: int) -> int:
+    try:
+        return int.from_bytes(hv.read(address, 4), "little")
+    except GuestFault:
+        return 0
+
+
+def _foreign(hv: Hypervisor, foreign: int) -> int:
+    """get_pg_owner: a domain names itself by DOMID_SELF, and has no right to any other. In bits
+    16 to 31 there may be, plus 1, the domain whose tables are meant."""
+    of_tables = foreign >> 16 & 0xFFFF
+    own = foreign & 0xFFFF == _DOMID_SELF and of_tables in (0, hv.domain.domid + 1)
+    return 0 if own else -errno.ESRCH
+
+
 def _one_update(hv: Hypervisor, address: int, value: int) -> int:
-    command = address & 3
-    address &= ~3
+    command = address & 7
+    address &= ~7
+    if command > _NO_TRANSLATE:
+        return -errno.ENOSYS
     if command == _MACHPHYS:
         mfn = address >> 12
         if not hv.tables.owned(mfn):
@@ -80,18 +139,11 @@ def update_va_mapping(
 def mmuext_op(
     hv: Hypervisor, vcpu: Vcpu, ops: int, count: int, done_ptr: int, foreign: int, _5: int
 ) -> int:
-    count &= 0xFFFFFFFF & ~_MMU_UPDATE_PREEMPTED
-    if count > _MAX_BATCH:
-        return -errno.EINVAL
-    rc, done = 0, 0
-    for command, _pad, arg1, arg2 in struct.iter_unpack("<IIQQ", hv.read(ops, 24 * count)):
-        rc = _one_op(hv, vcpu, command, arg1, arg2)
-        if rc:
-            break
-        done += 1
-    if done_ptr:
-        hv.write(done_ptr, struct.pack("<I", done))
-    return rc
+    def one(op: bytes) -> int:
+        command, arg1, arg2 = _OP.unpack(op)
+        return _one_op(hv, vcpu, command, arg1, arg2)
+
+    return _batch(hv, one, _OP.size, (ops, count, done_ptr, foreign & 0xFFFF))
 
 
 def _one_op(hv: Hypervisor, vcpu: Vcpu, command: int, arg1: int, arg2: int) -> int:
@@ -104,19 +156,37 @@ def _one_op(hv: Hypervisor, vcpu: Vcpu, command: int, arg1: int, arg2: int) -> i
         return _new_baseptr(hv, vcpu, arg1)
     if command == _NEW_USER_BASEPTR:
         return _new_user_baseptr(hv, vcpu, arg1)
-    if command in _FLUSHES:
-        tables.stale_tlb = True
-        return 0
-    if command in _PAGE_FLUSHES:
-        tables.flush_page(arg1)
-        return 0
+    if command in _FLUSHES or command in _PAGE_FLUSHES:
+        return _flush(hv, command, arg1, arg2)
     if command == _SET_LDT:
-        return 0 if not arg2 else -errno.ENOSYS
-    if command in (_FLUSH_CACHE, _FLUSH_CACHE_GLOBAL, _MARK_SUPER, _UNMARK_SUPER):
-        return 0
+        return _set_ldt(arg1, arg2 & 0xFFFFFFFF)
+    if command in _REFUSED:
+        return _REFUSED[command]
     if command in (_CLEAR_PAGE, _COPY_PAGE):
         return _fill_page(hv, arg1, arg2 if command == _COPY_PAGE else None)
     return -errno.ENOSYS
+
+
+def _flush(hv: Hypervisor, command: int, address: int, mask: int) -> int:
+    """All vCPUs share one TLB. The mask of those that are meant must be there all the same."""
+    if command in _OF_SOME:
+        try:
+            hv.read(mask, -(-len(hv.domain.vcpus) // 8))
+        except GuestFault:
+            return -errno.EINVAL
+    if command in _FLUSHES:
+        hv.tables.stale_tlb = True
+    else:
+        hv.tables.flush_page(address)
+    return 0
+
+
+def _set_ldt(address: int, entries: int) -> int:
+    """None is taken; one that Xen would take is not supported."""
+    if not entries:
+        return 0
+    bad = entries > _MAX_LDT_ENTRIES or address & 0xFFF or not is_guest_address(address)
+    return -errno.EINVAL if bad else -errno.ENOSYS
 
 
 def _new_baseptr(hv: Hypervisor, vcpu: Vcpu, mfn: int) -> int:
