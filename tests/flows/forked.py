@@ -6,6 +6,7 @@ that stay paused: nothing here ever loads the emulator.
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import sys
@@ -57,6 +58,9 @@ class Forks:
 def run_child(arguments, keep):
     """Be a domain process, with no descriptor but those to keep."""
     status = 1
+    # What is garbage already may have descriptors: collected here it would close them, whose
+    # numbers are ours by then.
+    gc.freeze()
     try:
         os.setsid()
         edges = [2, *sorted(keep), os.sysconf("SC_OPEN_MAX")]
