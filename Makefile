@@ -2,6 +2,7 @@
 # make test    the whole test suite            make test-fast   without the slow ones
 # make test-realxen        images to and from a real Xen 4.17, which runs in QEMU (5 minutes);
 # make test-realxen XEN="4.14 4.17 4.20"    all that Debian has. Needs qemu-system-x86 and cpio.
+# make fuzz-guest MINUTES=60   hostile guests, one after the other, for so long (SEED=N: from that one)
 # make check   lint, formatting, types
 #
 # Each does all of its own set-up: the first run makes .venv and installs xsave into it (editable).
@@ -17,7 +18,9 @@ XEN ?= 4.17
 WORKERS ?= $(shell nproc | awk '{ print $$1 < 4 ? $$1 : 4 }')
 PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
-.PHONY: demo test test-fast test-realxen check clean
+MINUTES ?= 60
+
+.PHONY: demo test test-fast test-realxen fuzz-guest check clean
 
 demo: $(VENV)/run.stamp
 	@$(BIN)/xsave demo
@@ -30,6 +33,9 @@ test-fast: $(VENV)/test.stamp
 
 test-realxen: $(VENV)/test.stamp
 	@XSAVE_REALXEN="$(XEN)" $(BIN)/python -m pytest tests/realxen $(PYTEST_ARGS)
+
+fuzz-guest: $(VENV)/test.stamp
+	@PYTHONPATH=. $(BIN)/python -m tests.fuzz.guest --minutes $(MINUTES) $(if $(SEED),--seed $(SEED))
 
 check: $(VENV)/dev.stamp
 	@$(BIN)/ruff check xsave tests

@@ -42,7 +42,7 @@ def save(host, path, name="g", **options):
         try:
             return save_flow(domctl, sink.write, commit=sink.commit, **options)
         except SuspendFailed as error:
-            error.add_note(domctl.console_log().decode()[-2000:])
+            error.add_note(domctl.console_log().decode(errors="replace")[-2000:])
             raise
 
 
