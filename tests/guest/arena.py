@@ -47,6 +47,7 @@ class NoCpu:
 def attack(machine) -> Hypervisor:
     """A fresh attacker with a second vCPU to bring up; its CPU is only a stand-in."""
     hv = build_guest(machine, ATTACKER, max_pages=NR_PAGES, nr_vcpus=2)
+    assert hv.domain.grants.setup(1) == 0
     hv.cpu, hv.q = NoCpu(), memoryview(bytearray(8 * 512)).cast("Q")
     return hv
 
@@ -105,7 +106,7 @@ class Arena:
         held += [queues.control >> 12 for queues in domain.events._fifo.values()]
         held += [address >> 12 for address in domain.events._array]
         held += [mfn_of_page(machine, p) for p in (domain.store_page, domain.console.page)]
-        return Counter([*held, domain.shared_info_mfn])
+        return Counter([*held, *domain.grants.frames, domain.shared_info_mfn])
 
     def frames(self, hv: Hypervisor) -> list[int]:
         """One frame of every kind there is, and some that are none."""
@@ -122,6 +123,7 @@ class Arena:
             mfn_of_page(machine, domain.console.page),
             domain.shared_info_mfn,
             domain.scratch_mfn,
+            *domain.grants.frames,
             domain._l1,
             self.victim.frames[3],
             self.victim.l1,

@@ -34,6 +34,7 @@ SHAPES = {
     15: [("?", "", "")],
     17: [("cp", "c", ""), ("cq", "", "")],
     18: [("cnp", "", "")],
+    20: [("cp1", "G0q", ""), ("cp1", "G0v", ""), ("cp1", "c", ""), ("cpn", "??", "")],
     21: [("cc", "", "")],
     24: [("ccp", "fo", ""), ("c0p", "fo", ""), ("c0p", "?c", "")],
     25: [("c?", "", "")],
@@ -112,6 +113,7 @@ class Attacker:
             "M": lambda: rng.choice((1, 6)),
             "C": lambda: rng.randrange(14),
             "h": lambda: 14,
+            "G": lambda: SELF | rng.choice((1, 2, 3, 64, 65, 1 << 31)) << 32,
             "x": lambda: rng.choice((14, 3, 8, 25)),
             "y": lambda: rng.choice((8, 9, 9, 21, 5)),
         }[letter]()

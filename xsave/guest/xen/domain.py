@@ -27,6 +27,7 @@ from xsave.guest.xen.console import Console
 from xsave.guest.xen.context import Vcpu
 from xsave.guest.xen.cpuid import CpuPolicy
 from xsave.guest.xen.events import EventChannels, Port
+from xsave.guest.xen.grants import GrantTable
 from xsave.guest.xen.machine import M2P_L3_FRAME, XEN_FRAMES, Machine
 from xsave.guest.xen.pagetable import PGT_SEG_DESC, PGT_WRITABLE, PGT_XEN, PageTables
 from xsave.guest.xen.time import RealClock, scale
@@ -78,6 +79,7 @@ class Domain:
         self._hold_writable(self.shared_info_mfn)
         self.vcpus = [Vcpu(i, self.shared.vcpu_info[i]) for i in range(nr_vcpus)]
         self.events = EventChannels(self.tables, self.vcpus, self.shared)
+        self.grants = GrantTable(machine, domid, self.tables)
         self._build_perdomain()
         self.console = Console(log_path)
         self.console_port = 0
@@ -148,7 +150,8 @@ class Domain:
 
     def nr_pages(self) -> int:
         """Frames the guest owns, Xen's own not counted."""
-        return int(np.count_nonzero(self.machine.owner == self.domid)) - XEN_FRAMES
+        xen_frames = XEN_FRAMES + len(self.grants.frames)
+        return int(np.count_nonzero(self.machine.owner == self.domid)) - xen_frames
 
     def start(self) -> None:
         """The first unpause: the clocks of this host begin, the restored state ends."""

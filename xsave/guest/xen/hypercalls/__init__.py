@@ -6,13 +6,13 @@ it returns the result or a negative errno. It may raise GuestFault for a bad poi
 
 from __future__ import annotations
 
-from xsave.guest.xen.hypercalls import cpu, event, memory, misc, mmu, sched
+from xsave.guest.xen.hypercalls import cpu, event, gnttab, memory, misc, mmu, sched
 from xsave.guest.xen.hypervisor import Hypercall
 
 
 def table() -> dict[int, Hypercall]:
     """Return the dispatch table of all families."""
     merged: dict[int, Hypercall] = {}
-    for family in (cpu, event, memory, misc, mmu, sched):
+    for family in (cpu, event, gnttab, memory, misc, mmu, sched):
         merged |= family.HYPERCALLS
     return merged
