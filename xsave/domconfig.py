@@ -27,6 +27,8 @@ class DomainConfig:
     nr_vcpus: int
     deterministic: bool
     builtin: bool
+    #: libxl_device_disk, one each, as they are.
+    disks: list[Any]
 
 
 def read_config(text: bytes) -> DomainConfig:
@@ -43,6 +45,7 @@ def read_config(text: bytes) -> DomainConfig:
         kib = get("b_info", key)
         return kib // 4 if isinstance(kib, int) and 4 <= kib < _MAX_KIB else None
 
+    disks = get("disks")
     name, vcpus = get("c_info", "name"), get("b_info", "max_vcpus")
     return DomainConfig(
         name=name if isinstance(name, str) else "",
@@ -51,6 +54,7 @@ def read_config(text: bytes) -> DomainConfig:
         nr_vcpus=vcpus if isinstance(vcpus, int) else XEN_LEGACY_MAX_VCPUS,
         deterministic=get("xsave", "deterministic") is not None,
         builtin=get("xsave", "guest") == "builtin",
+        disks=disks if isinstance(disks, list) else [],
     )
 
 

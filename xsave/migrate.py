@@ -199,6 +199,7 @@ def _take(
         if go != handshake.GO:
             raise ConnectionLost(f"expected the go-ahead, found {go!r}")
         went = True
+        domctl.attach_disks()  # the sender has given them up
         domctl.rename(domctl.name.removesuffix(INCOMING_SUFFIX))
 
     try:

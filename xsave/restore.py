@@ -235,6 +235,8 @@ class Reader:
             target_pages=config.target_pages,
             deterministic=config.deterministic,
             builtin=config.builtin,
+            disks=config.disks,
+            disks_later=bool(self._suffix),  # the other end has them
         )
         self._memory = Memory(self._domctl, p2m_size)
 

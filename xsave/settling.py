@@ -45,6 +45,7 @@ class Settler:
 
     def run(self, state: DomainState) -> None:
         self._localise_tables()
+        self._domctl.wait_begun()  # its errors are no fault of the page tables
         self._memory.give_back_pool()
         self._pin()
         self._memory.complete()

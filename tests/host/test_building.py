@@ -24,6 +24,8 @@ def test_the_target_of_a_balloon_is_in_xenstore(xsave_home, tmp_path, target):
         name="g",
         directory=tmp_path,
         control=SimpleNamespace(console_output=print),
+        disk_done=print,
+        forget_code=print,
     )
     ours, _theirs = socket.socketpair()
     arguments = {"nr_vcpus": 1, "max_pages": 256, "target_pages": target}

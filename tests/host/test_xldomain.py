@@ -49,7 +49,7 @@ def test_a_whole_file():
         on_reboot = "destroy"
         on_crash = "restart"
         on_watchdog = "destroy"
-        disk = []
+        disk = ['/x.img,raw,xvda,w', "/y.img,qcow2,xvdb,r"]
     """
     found = read(text)
     assert found.name == "web"
@@ -57,6 +57,7 @@ def test_a_whole_file():
     assert found.options == {
         "kernel": "/boot/vmlinuz",
         "ramdisk": "/boot/initrd.img",
+        "disks": ["/x.img,raw,xvda,w", "/y.img,qcow2,xvdb,r"],
         "cmdline": "root=/dev/xvda1 ro console=hvc0",
         "memory_bytes": 256 << 20,
         "max_memory_bytes": 512 << 20,
@@ -101,7 +102,10 @@ def test_numbers():
         ("type='hvm'", "1:1: type: 'hvm' guests cannot be run"),
         ("\n  type='pvh'", "2:3: type: 'pvh' guests"),
         ("builder='hvm'", "1:1: builder: 'hvm' guests"),
-        ("disk=['/x,raw,xvda,rw']", "1:1: disk: domains have no block devices yet"),
+        ("disk=['/x,raw']", "1:1: disk '/x,raw': it names no virtual device (xvda, say)"),
+        ("disk='/x,raw,xvda,rw'", "1:1: disk: expected a list"),
+        ("disk=[['/x,raw,xvda,rw']]", "1:1: disk: expected a list of strings"),
+        ("disk=['/x,,xvda','/y,,xvda']", "1:1: two disks are xvda"),
         ("pci=['01:00.0']", "1:1: pci: "),
         ("bootloader='pygrub'", "1:1: bootloader: boot loaders are not run"),
         ("memory='256M'", "1:1: memory: expected a number from 1 to"),

@@ -28,6 +28,9 @@ _EVENTS = ("poweroff", "reboot", "crash")
 @click.option("--cmdline", metavar="TEXT", help="The kernel's command line.")
 @click.option("--memory", type=SIZE, help="Its memory; 64M unless told otherwise.")
 @click.option("--vcpus", type=click.IntRange(1), metavar="N", help="Its vCPUs; 1 by default.")
+@click.option(
+    "--disk", "disks", multiple=True, metavar="SPEC", help="A disk: FILE,raw|qcow2,xvda,w|r."
+)
 @click.option("--on-poweroff", type=ACTION, help="When it powers off: destroy, by default.")
 @click.option("--on-reboot", type=ACTION, help="When it reboots: restart, by default.")
 @click.option("--on-crash", type=ACTION, help="When it crashes: preserve, by default.")
@@ -43,6 +46,7 @@ def create(
     memory: int | None,
     paused: bool,
     deterministic: int | None,
+    disks: tuple[str, ...],
     as_json: bool,
     **given: Any,
 ) -> None:
@@ -58,6 +62,7 @@ def create(
     name, options = read_config(settings, file, arguments)
     actions = {event: given.pop(f"on_{event}") for event in _EVENTS}
     given["memory_bytes"] = memory
+    options["disks"] = [*options.get("disks", ()), *disks]
     options |= {key: value for key, value in given.items() if value is not None}
     chosen = {event: action for event, action in actions.items() if action}
     if file != name and "kernel" not in options:

@@ -3,6 +3,7 @@ that `create` writes, that travels in images, and that a restart reads again.
 
     c_info  type, name, uuid
     b_info  max_vcpus, max_memkb, target_memkb, kernel, ramdisk, cmdline
+    disks   libxl_device_disk, one each
     on_*    libxl_action_on_shutdown; what is not there has libxl's default
     xsave   guest (builtin or kernel), deterministic: our own, real tools ignore it
 """
@@ -11,13 +12,14 @@ from __future__ import annotations
 
 import json
 import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from xsave.errors import HostCannotTake
 from xsave.frames import PAGE_SIZE
+from xsave.host.disk.spec import DiskSpec
 from xsave.public import XEN_LEGACY_MAX_VCPUS
 
 BUILTIN_KERNEL = Path(__file__).parents[1] / "guest" / "kernel" / "xsave-guest.elf"
@@ -49,6 +51,7 @@ class BootConfig:
     vcpus: int = 1
     deterministic: int | None = None
     actions: Mapping[str, str] = field(default_factory=dict)
+    disks: Sequence[DiskSpec] = ()
 
     @property
     def builtin(self) -> bool:
@@ -76,6 +79,7 @@ class BootConfig:
                 **{key: value for key, value in boot.items() if value},
                 "type.pv": {},
             },
+            **({"disks": self.disks_json()} if self.disks else {}),
             "on_reboot": RESTART,
             **{f"on_{event}": action for event, action in self.actions.items()},
             "xsave": {
@@ -84,6 +88,10 @@ class BootConfig:
             },
         }
         return json.dumps(config, indent=4).encode() + b"\n"
+
+    def disks_json(self) -> list[dict[str, Any]]:
+        """The disks as libxl's JSON has them."""
+        return [disk.to_json() for disk in self.disks]
 
     def _uuid(self, name: str) -> str:
         seed = self.deterministic

@@ -28,6 +28,8 @@ from xsave.guest.xen.time import RealClock, VirtualClock
 from xsave.guest.xen.wire import pack_blobs, unpack_blobs
 from xsave.host import bootconfig
 from xsave.host.control import Client, Request
+from xsave.host.disk.disks import Disks
+from xsave.host.disk.spec import from_json
 from xsave.host.registry import write_record
 from xsave.host.running import RunningDomain
 from xsave.public import XEN_LEGACY_MAX_VCPUS
@@ -64,6 +66,11 @@ class Building:
             raise HostCannotTake(f"{nr_vcpus} vCPUs: expected 1 to {XEN_LEGACY_MAX_VCPUS}")
         self.builder = request.client
         running.builtin = bool(arguments.get("builtin"))
+        running.disks = Disks(from_json(arguments.get("disks", [])), running.disk_done)
+        if arguments.get("disks_later"):
+            running.disks.check()
+        else:
+            running.disks.open()
         domain = self._begin(
             nr_vcpus,
             int(arguments["max_pages"]),
@@ -111,6 +118,12 @@ class Building:
         }
         for node, value in nodes.items():
             domain.store.write(f"{domain.home}/{node}", value)
+        self._running.disks.plug(domain, self._running.forget_code)
+
+    def op_disks(self, _request: Request) -> Answer:
+        """The disks a migration's source has given up."""
+        self._running.disks.open()
+        return {}, b""
 
     def op_build(self, request: Request) -> Answer:
         domain, arguments = self._unbuilt(), request.arguments
@@ -130,6 +143,7 @@ class Building:
         connections, fresh frames. Raises XsaveError; the domain is then not to be used."""
         boot = bootconfig.read(self._config)
         running, old = self._running, self._running.domain
+        running.disks.unplug()
         running.machine.free_domain(running.domid)
         running.builtin = boot.builtin
         domain = self._begin(boot.vcpus, boot.max_memory_bytes // PAGE_SIZE, old.clock)

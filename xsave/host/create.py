@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from xsave.errors import HostCannotTake, StorageError, UsageError
@@ -11,6 +11,8 @@ from xsave.guest.xen.cpuid import XEN_VERSION, CpuPolicy
 from xsave.guest.xen.domctl import DomainInfo, DomainState
 from xsave.guest.xen.time import DEFAULT_TSC_KHZ
 from xsave.host.bootconfig import BUILTIN_KERNEL, PRESERVE, BootConfig
+from xsave.host.disk.image import check as check_disk
+from xsave.host.disk.spec import parse_all
 from xsave.host.host import Host
 from xsave.host.prestart import WaitingProcess
 from xsave.host.spawn import spawn
@@ -40,6 +42,7 @@ def create(
     deterministic: int | None = None,
     actions: Mapping[str, str] = DEFAULT_ACTIONS,
     uuid: str | None = None,
+    disks: Sequence[str] = (),
     process: WaitingProcess | None = None,
     report: Report = ignore,
 ) -> DomainInfo:
@@ -47,6 +50,8 @@ def create(
 
     process: one that waits for a domain already. actions: what happens when the guest ends, by
     event (bootconfig.DEFAULT_ACTIONS); events that are missing have libxl's default.
+
+    disks: xl's disk specifications (disk/spec.py).
 
     It begins with memory_bytes and may grow to max_memory_bytes (not at all, if None).
 
@@ -64,10 +69,13 @@ def create(
         vcpus=vcpus,
         deterministic=deterministic,
         actions=actions,
+        disks=parse_all(disks),
     )
     for file in (boot.kernel_path, boot.ramdisk):
         if file is not None and not Path(file).is_file():
             raise StorageError(f"{file}: no such file")
+    for disk in boot.disks:
+        check_disk(disk, fresh=True)
     host.check_room(memory_bytes // PAGE_SIZE)
     report(Stage("create", "build", f"{memory_bytes >> 20} MiB"))
     with spawn(host, name, process) as domctl:
@@ -77,6 +85,7 @@ def create(
             target_pages=memory_bytes // PAGE_SIZE,
             deterministic=deterministic is not None,
             builtin=boot.builtin,
+            disks=boot.disks_json(),
         )
         domctl.build(boot.kernel_path, boot.ramdisk, cmdline, memory_bytes // PAGE_SIZE)
         domctl.set_state(_state(boot, boot.to_json(name, uuid)))

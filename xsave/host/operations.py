@@ -56,6 +56,7 @@ class Operations:
 
     def serve(self) -> None:
         """Do all that is queued."""
+        self._running.disks.serve()
         later: list[Request] = []
         while request := self._running.control.next_request():
             if request.op in _AT_HORIZON and self._must_wait():
@@ -144,11 +145,14 @@ class Operations:
         return ({}, b"") if at_once else None
 
     def op_hold(self, _request: Request) -> Answer:
+        """The other end may have the disks from here on."""
         self._suspension.hold()
+        self._running.disks.close()
         return {}, b""
 
     def op_resume(self, request: Request) -> Answer:
         self._suspension.check_holder(request.client)
+        self._running.disks.open()
         self._running.paused = self._running.paused or bool(request.arguments.get("paused"))
         self._suspension.resume()
         return {}, b""
@@ -182,6 +186,7 @@ class Operations:
             raise GuestStateError(f"the domain is {self._state(domain)}")
         if not self._building.committed:
             raise GuestStateError("the domain is not complete")
+        self._running.disks.open()
         self._suspension.resume()
         self._running.paused = False
         domain.clock.extend()
@@ -211,6 +216,7 @@ class Operations:
 
     def op_destroy(self, _request: Request) -> Answer:
         self._running.finished = True
+        self._running.disks.close_quietly()  # who asks may want them at once
         with contextlib.suppress(OSError):
             (self._running.directory / "dying").touch()
         return {}, b""

@@ -73,6 +73,7 @@ class DomainProcess:
             self._control.has_requests()
             or self._operations.deadline_s() == 0.0
             or self._another_waits()
+            or self.running.disks.has_done()
         )
 
     def _another_waits(self) -> bool:

@@ -14,6 +14,7 @@ from xsave.guest.xen.domain import Domain
 from xsave.guest.xen.hypervisor import Hypervisor
 from xsave.guest.xen.machine import Machine
 from xsave.host.control import Control
+from xsave.host.disk.disks import Disks
 
 
 class RunningDomain:
@@ -32,6 +33,7 @@ class RunningDomain:
         self.name = name
         self.control = control
         self.hypervisor: Hypervisor | None = None
+        self.disks = Disks([], self.disk_done)
         self.paused = True
         self.builtin = False
         self.finished = False
@@ -52,6 +54,17 @@ class RunningDomain:
         """Raises GuestStateError before `begin`."""
         return self.xen.domain
 
+    def disk_done(self) -> None:
+        """A disk's thread has done something: the vCPU thread is to look at it."""
+        self.control.wake()
+        if self.hypervisor is not None:
+            self.hypervisor.kick()
+
+    def forget_code(self) -> None:
+        """Bytes came to where the guest's code may be."""
+        if self.xen.powered:
+            self.xen.cpu.forget_code()
+
     def holding(self) -> bool:
         """True if a deterministic guest reached its horizon: nothing moves without a command."""
         clock = self.domain.clock
@@ -62,5 +75,6 @@ class RunningDomain:
         with contextlib.suppress(OSError):
             (self.directory / "dying").touch()
             (self.directory / "domain.json").unlink()  # before the rest, which takes a moment
+        self.disks.close_quietly()
         self.machine.free_domain(self.domid)
         shutil.rmtree(self.directory, ignore_errors=True)

@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from xsave.errors import ConnectionLost, GuestStateError, SuspendFailed
+from xsave.errors import ConnectionLost, GuestStateError, StorageError, SuspendFailed
 from xsave.guest.xen.domain import Domain
 from xsave.guest.xen.wire import error_message, send_message
 from xsave.host.control import Client
@@ -96,9 +96,7 @@ class Suspension:
         domain = self._domain
         reason = domain.shutdown_reason
         if reason == SHUTDOWN_SUSPEND:
-            self._reply(holder, {})
-            self._stage, self._deadline = "done", None
-            self._listen_no_more()
+            self._finish(holder)
         elif reason is not None:
             what = SHUTDOWN_NAMES[reason]
             self._fail(holder, f"the guest did not suspend but shut down ({what})")
@@ -111,6 +109,19 @@ class Suspension:
             self._deadline = time.monotonic() + SUSPEND_TIMEOUT_S
         elif self.deadline_s() == 0.0 or self._running.holding():
             self._late(holder)
+
+    def _finish(self, holder: Client) -> None:
+        """The guest has suspended; it counts once nothing of it is on its way to a disk."""
+        self._deadline = None
+        try:
+            if not self._running.disks.settled():
+                return  # what is done then wakes us
+        except StorageError as e:
+            self._fail(holder, f"the guest's disks cannot be written: {e}")
+            return
+        self._reply(holder, {})
+        self._stage = "done"
+        self._listen_no_more()
 
     def _acknowledged(self) -> bool:
         return self._domain.store.read(self._node) != b"suspend"

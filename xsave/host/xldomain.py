@@ -13,15 +13,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from xsave.errors import StorageError
+from xsave.errors import StorageError, UsageError
 from xsave.host.bootconfig import DEFAULT_ACTIONS, DESTROY, PRESERVE, RESTART
+from xsave.host.disk.spec import parse_all
 from xsave.host.xlcfg import Place, Setting, parse, parse_argument
 
 _MAX_FILE_BYTES = 1 << 20
 _MAX_MIB = 1 << 30
 _REFUSED = {
     "bootloader": "boot loaders are not run: give kernel and ramdisk",
-    "disk": "domains have no block devices yet",
     "pci": "there are no PCI devices to pass through",
     "usbdev": "there are no USB devices to pass through",
     "dtdev": "there are no devices to pass through",
@@ -106,6 +106,7 @@ class Reader:
             "max_memory_bytes": self._mebibytes("maxmem"),
             "vcpus": self._vcpus(),
             "uuid": self._uuid(),
+            "disks": self._disks(),
         }
         options = {key: value for key, value in options.items() if value is not None}
         options["actions"] = self._actions()
@@ -187,6 +188,22 @@ class Reader:
         if not re.fullmatch(r"[0-9a-fA-F]{8}(-?[0-9a-fA-F]{4}){3}-?[0-9a-fA-F]{12}", text):
             raise setting.place.error(f"uuid: {text!r} is none")
         return str(uuid.UUID(text))
+
+    def _disks(self) -> list[str] | None:
+        """The list of specifications; what is wrong with one is said with the list's place."""
+        setting = self._left.pop("disk", None)
+        if setting is None or setting.value == "":
+            return None
+        if not isinstance(setting.value, list):
+            raise setting.place.error("disk: expected a list")
+        texts = [text for text in setting.value if isinstance(text, str)]
+        if len(texts) < len(setting.value):
+            raise setting.place.error("disk: expected a list of strings")
+        try:
+            parse_all(texts)
+        except UsageError as e:
+            raise setting.place.error(str(e)) from e
+        return texts
 
     def _actions(self) -> dict[str, str]:
         actions = {}

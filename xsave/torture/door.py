@@ -7,7 +7,7 @@ same handlers (xsave.host.building).
 from __future__ import annotations
 
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 from xsave.guest.xen.domctl import DomainInfo, Domctl
@@ -69,6 +69,8 @@ class Door(Domctl):
         target_pages: int | None = None,
         deterministic: bool = False,
         builtin: bool = False,
+        disks: Sequence[object] = (),
+        disks_later: bool = False,
     ) -> None:
         """Make the empty domain, in virtual time whatever its image says."""
         answer, _ = self._call(
@@ -78,6 +80,8 @@ class Door(Domctl):
             target_pages=max_pages if target_pages is None else target_pages,
             deterministic=True,
             builtin=builtin,
+            disks=list(disks),
+            disks_later=disks_later,
             xen_frames=self.populate(XEN_FRAMES).tolist(),
         )
         self._shared_info_mfn = answer["shared_info_mfn"]

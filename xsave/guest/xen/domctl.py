@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -248,13 +248,18 @@ class Domctl:
         target_pages: int | None = None,
         deterministic: bool = False,
         builtin: bool = False,
+        disks: Sequence[object] = (),
+        disks_later: bool = False,
     ) -> None:
         """Make the empty domain; a ballooned guest keeps to target_pages (all, if None).
+
+        disks: as a libxl_domain_config has them; they are opened here, or, with disks_later, only
+        looked at: attach_disks() opens them.
 
         Raises OutOfFrames. This does not wait for the domain's process, which takes its time to
         start and is not needed to fill frames. (So Xen's frames are taken here: the same seed
         gives the same frames.) What is asked of it first raises what became of this too:
-        HostCannotTake.
+        HostCannotTake, StorageError of a disk.
         """
         arguments = {
             "nr_vcpus": nr_vcpus,
@@ -262,10 +267,16 @@ class Domctl:
             "target_pages": max_pages if target_pages is None else target_pages,
             "deterministic": deterministic,
             "builtin": builtin,
+            "disks": list(disks),
+            "disks_later": disks_later,
             "xen_frames": self.populate(XEN_FRAMES).tolist(),
         }
         send_message(self._sock, {"op": "begin", **arguments})
         self._beginning = True
+
+    def wait_begun(self) -> None:
+        """Raise what begin() came to, if nothing that was asked since has."""
+        self._begun()
 
     def _begun(self) -> None:
         if self._beginning:
@@ -324,6 +335,10 @@ class Domctl:
         """Have the domain builder fill the domain from a kernel file; it begins with nr_pages
         (all that it may have, if None)."""
         self._call("build", kernel=kernel, ramdisk=ramdisk, cmdline=cmdline, nr_pages=nr_pages)
+
+    def attach_disks(self) -> None:
+        """Open the disks that begin() left to others. Raises StorageError."""
+        self._call("disks")
 
     def commit(self) -> None:
         """The domain is whole: it survives this connection, paused until unpaused."""
