@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import stat
+from collections.abc import Mapping
 
 _HEADER = "070701" + "{:08x}" * 13
 _DIRECTORY, _PROGRAM = stat.S_IFDIR | 0o755, stat.S_IFREG | 0o755
@@ -29,16 +30,26 @@ _ENDING = "#!/busybox sh\nexec /busybox {} -f\n"
 
 
 def initramfs(busybox: bytes) -> bytes:
-    """Return the archive, in the "newc" format of cpio that kernels unpack."""
-    files = [
-        ("init", _PROGRAM, INIT),
-        ("busybox", _PROGRAM, busybox),
-        ("sbin", _DIRECTORY, b""),
-        ("sbin/poweroff", _PROGRAM, _ENDING.format("poweroff").encode()),
-        ("sbin/reboot", _PROGRAM, _ENDING.format("reboot").encode()),
-        ("TRAILER!!!", 0, b""),
+    """Return the archive of that user space."""
+    return archive(
+        {
+            "init": INIT,
+            "busybox": busybox,
+            "sbin": None,
+            "sbin/poweroff": _ENDING.format("poweroff").encode(),
+            "sbin/reboot": _ENDING.format("reboot").encode(),
+        }
+    )
+
+
+def archive(files: Mapping[str, bytes | None]) -> bytes:
+    """Return an archive in the "newc" format of cpio that kernels unpack: programs, all of them,
+    by name; None: a directory."""
+    members = [
+        _member(i, name, _DIRECTORY if data is None else _PROGRAM, data or b"")
+        for i, (name, data) in enumerate(files.items())
     ]
-    return b"".join(_member(i, *file) for i, file in enumerate(files))
+    return b"".join([*members, _member(len(members), "TRAILER!!!", 0, b"")])
 
 
 def _member(inode: int, name: str, mode: int, data: bytes) -> bytes:
