@@ -273,3 +273,23 @@ def test_a_real_image_this_cpu_cannot_take(xsave, xen_image):
     assert domains(xsave) == {}
     name = xsave.json("restore", image, "--cpu-mismatch", "allow")["name"]
     wait_for(lambda: b"TICK 5" in log(xsave, name=name), seconds=60)
+
+
+def test_another_file_for_a_disk(xsave, tmp_path):
+    """restore --disk attaches it; without it the missing file is named and nothing begins, and
+    what is no VDEV=FILE is a usage error."""
+    disk, image = tmp_path / "disk.img", tmp_path / "img"
+    disk.write_bytes(bytes(1 << 20))
+    xsave.ok("create", "g", *MEMORY, "--disk", f"{disk},raw,xvda,w")
+    wait_for(lambda: b"TICK" in log(xsave))
+    xsave.ok("save", "g", image)
+    other = disk.rename(tmp_path / "other.img")
+    missing = xsave("restore", image)
+    assert missing.code == 7
+    assert f"{disk}: No such file or directory" in missing.err
+    for words in (["xvda"], [f"xvdb={other}"], [f"xvda={other}", f"xvda={other}"]):
+        wrong = xsave("restore", *(word for text in words for word in ("--disk", text)), image)
+        assert wrong.code == 2
+    assert domains(xsave) == {}
+    xsave.ok("restore", "--disk", f"xvda={other}", image)
+    assert domains(xsave)["g"]["state"] == "running"

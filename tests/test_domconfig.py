@@ -8,15 +8,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from xsave.domconfig import read_config, renamed
-from xsave.errors import ImageError
+from xsave.domconfig import read_config, renamed, with_disk_files
+from xsave.errors import ImageError, UsageError
 
 anything = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=9),
     lambda inner: (
         st.lists(inner, max_size=3)
         | st.dictionaries(
-            st.sampled_from(["c_info", "b_info", "xsave", "name", "max_memkb", "max_vcpus"]), inner
+            st.sampled_from(
+                ["c_info", "b_info", "xsave", "name", "max_memkb", "max_vcpus", "disks", "vdev"]
+            ),
+            inner,
         )
     ),
     max_leaves=9,
@@ -53,3 +56,19 @@ def test_what_is_no_json_is_refused(text):
     """One error that says where the configuration is."""
     with pytest.raises(ImageError, match=r"no JSON.*offset"):
         read_config(text)
+
+
+def test_a_disk_gets_another_file():
+    """That one, by its name in the guest, and nothing else changes; no file, not a byte."""
+    disks = [{"vdev": "xvda", "pdev_path": "/a", "format": "qcow2"}, {"vdev": "xvdb"}]
+    text = json.dumps({"c_info": {"name": "g"}, "disks": disks}).encode()
+    assert with_disk_files(text, {}) is text
+    new = json.loads(with_disk_files(text, {"xvda": "/b"}))
+    assert new == {"c_info": {"name": "g"}, "disks": [disks[0] | {"pdev_path": "/b"}, disks[1]]}
+
+
+@given(anything)
+def test_a_disk_that_is_not_there_gets_no_file(config):
+    """Whatever the configuration is, the error names the disk."""
+    with pytest.raises(UsageError, match="--disk xvdq: the image has no such disk"):
+        with_disk_files(json.dumps(config).encode(), {"xvdq": "/b"})

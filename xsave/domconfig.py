@@ -1,16 +1,17 @@
 """What a restore reads out of an image's configuration, libxl's JSON: as little as it needs.
 
-The text goes on to the next image byte for byte, unless the domain gets another name. Anything odd
-in it counts as absent: only what is no JSON at all is an error.
+The text goes on to the next image byte for byte, unless the domain gets another name or its disks
+other files. Anything odd in it counts as absent: only what is no JSON at all is an error.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from xsave.errors import ImageError
+from xsave.errors import ImageError, UsageError
 from xsave.image import xl
 from xsave.public import XEN_LEGACY_MAX_VCPUS
 
@@ -75,6 +76,26 @@ def renamed(text: bytes, name: str) -> bytes:
     info.setdefault("type", "pv")
     info["name"] = name
     config.setdefault("b_info", {"type.pv": {}})
+    return json.dumps(config, indent=4).encode() + b"\n"
+
+
+def with_disk_files(text: bytes, files: Mapping[str, str]) -> bytes:
+    """Return the configuration with other files (by vdev) for the disks it has, its very bytes if
+    there are none. Raises UsageError: there is no such disk."""
+    if not files:
+        return text
+    config = _parse(text)
+    disks = config.get("disks") if isinstance(config, dict) else None
+    named = {
+        disk["vdev"]: disk
+        for disk in (disks if isinstance(disks, list) else [])
+        if isinstance(disk, dict) and isinstance(disk.get("vdev"), str)
+    }
+    for vdev, path in files.items():
+        if vdev not in named:
+            there = ", ".join(named) or "none"
+            raise UsageError(f"--disk {vdev}: the image has no such disk (its disks: {there})")
+        named[vdev]["pdev_path"] = path
     return json.dumps(config, indent=4).encode() + b"\n"
 
 

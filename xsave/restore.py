@@ -12,12 +12,12 @@ libxc, page tables are localised at the end, when the last type of every pfn is 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Protocol
 
 import numpy as np
 
-from xsave.domconfig import read_config, renamed
+from xsave.domconfig import read_config, renamed, with_disk_files
 from xsave.errors import HostCannotTake, ImageError, UsageError
 from xsave.guest.xen.cpuid import missing_features
 from xsave.guest.xen.domctl import DomainInfo, DomainState, Domctl
@@ -53,6 +53,7 @@ def restore(
     name: str | None = None,
     paused: bool = False,
     cpu_mismatch: str = "refuse",
+    disk_files: Mapping[str, str] | None = None,
     nr_frames: int,
     suffix: str = "",
     until_end: bool = True,
@@ -62,13 +63,16 @@ def restore(
     """Make a domain from the image and start it (unless paused).
 
     make_domain(name, nr_pages) starts an empty domain; nr_frames bounds what the image may ask
-    for. A migration takes the domain under its name with a suffix, does not look for the end of
+    for. disk_files are absolute paths, by vdev, in the place of those the image names.
+    A migration takes the domain under its name with a suffix, does not look for the end of
     the input behind the image, and hands over in before_unpause, with the domain complete.
-    Raises ImageError, HostCannotTake, OutOfFrames, NameTaken, StorageError.
+    Raises ImageError, HostCannotTake, OutOfFrames, NameTaken, StorageError, UsageError.
     """
     started = time.monotonic()
     report(Stage("restore", "read"))
-    reader = Reader(source, make_domain, name, suffix, cpu_mismatch, nr_frames, report)
+    reader = Reader(
+        source, make_domain, name, suffix, cpu_mismatch, disk_files or {}, nr_frames, report
+    )
     try:
         domctl = reader.run(until_end)
         before_unpause(domctl)
@@ -96,6 +100,7 @@ class Reader:
         name: str | None,
         suffix: str,
         cpu_mismatch: str,
+        disk_files: Mapping[str, str],
         nr_frames: int,
         report: Report,
     ) -> None:
@@ -104,6 +109,7 @@ class Reader:
         self._name = name
         self._suffix = suffix
         self._cpu_mismatch = cpu_mismatch
+        self._disk_files = disk_files
         self._nr_frames = nr_frames
         self._report = report
         self._parts = Parts()
@@ -222,6 +228,7 @@ class Reader:
             )
 
     def _begin(self, p2m_size: int) -> None:
+        self._parts.config = with_disk_files(self._parts.config, self._disk_files)
         config = read_config(self._parts.config)
         name = self._name or config.name
         if not name:

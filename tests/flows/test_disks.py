@@ -143,6 +143,24 @@ def test_a_restore_without_its_disk_does_not_begin(host, disk, tmp_path, trouble
     destroy(host)
 
 
+def test_a_restore_with_the_disk_under_another_name(host, disk, tmp_path):
+    """The file that is named instead is the guest's from then on, and the next image says so; a
+    disk that the image has not got is an error and leaves nothing."""
+    create(host, disks=[spec(disk)])
+    wait_for_tick(host)
+    save(host, tmp_path / "img")
+    other = disk.rename(tmp_path / "other.img")
+    with pytest.raises(UsageError, match="xvdb: the image has no such disk"):
+        restore(host, tmp_path / "img", disk_files={"xvdb": str(other)})
+    nothing_is_left(host)
+    restore(host, tmp_path / "img", disk_files={"xvda": str(other)})
+    assert not is_free(other)
+    runs_on(host)
+    save(host, tmp_path / "img")
+    assert json.loads(config_of(tmp_path / "img"))["disks"][0]["pdev_path"] == str(other)
+    nothing_is_left(host)
+
+
 def test_a_disk_migrates_with_its_guest(host, disk):
     """The target has the file, and nobody else, the source not either."""
     target = add_host("b", 64 * MIB, seed=4)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
@@ -87,6 +88,13 @@ def leave_as(running: bool, paused: bool) -> str:
 @click.argument("file", metavar="FILE|-", type=click.Path(allow_dash=True))
 @click.option("--name", metavar="NAME", help="The domain's name (default: the image's).")
 @click.option("-p", "--paused", is_flag=True, help="Leave the domain paused.")
+@click.option(
+    "--disk",
+    "disks",
+    multiple=True,
+    metavar="VDEV=FILE",
+    help="Another file for a disk of the image.",
+)
 @cpu_mismatch_option
 @json_option
 @pass_settings
@@ -95,6 +103,7 @@ def restore(
     file: str,
     name: str | None,
     paused: bool,
+    disks: tuple[str, ...],
     cpu_mismatch: str,
     as_json: bool,
 ) -> None:
@@ -102,6 +111,7 @@ def restore(
 
     After any failure nothing is left of the new domain.
     """
+    files = disk_files(disks)
     with settings.prestart() as process:
         from xsave import restore as verb
         from xsave.host.channel import open_source
@@ -114,10 +124,24 @@ def restore(
                 name=name,
                 paused=paused,
                 cpu_mismatch=cpu_mismatch,
+                disk_files=files,
                 nr_frames=host.nr_frames,
                 report=report,
             )
     settings.answer(as_json, asdict(info), f"{info.name}: domain {info.domid}, {info.state}")
+
+
+def disk_files(texts: Sequence[str]) -> dict[str, str]:
+    """Return absolute paths by virtual device, from texts VDEV=FILE."""
+    files = {}
+    for text in texts:
+        vdev, _, path = text.partition("=")
+        if not vdev or not path:
+            raise UsageError(f"--disk {text}: expected VDEV=FILE, such as xvda=disk.img")
+        if vdev in files:
+            raise UsageError(f"--disk {vdev} is given twice")
+        files[vdev] = str(Path(path).absolute())
+    return files
 
 
 def domain_maker(host: Host, process: WaitingProcess | None = None) -> Callable[[str, int], Domctl]:
