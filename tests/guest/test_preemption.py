@@ -153,3 +153,112 @@ def test_virtual_time_preempts_by_itself(guest):
     hv.kicked = False
     guest.domain.clock = RealClock()
     assert not any(hv.preempted() for _ in range(10000))
+
+
+# -- trees of page tables, which are validated and given up step by step ---
+
+PIN_L4, UNPIN = 3, 4
+
+
+@pytest.fixture
+def tree(guest):
+    """A tree of an L4, two L3, six L2 and as many L1 tables, in frames of the guest's beside those
+    it has mapped; (the L4, all of them)."""
+    machine = guest.machine
+    frames = [int(mfn) for mfn in machine.allocate(guest.domain.domid, 15)]
+    l4, l3s, l2s, l1s = frames[0], frames[1:3], frames[3:9], frames[9:15]
+    for i, l3 in enumerate(l3s):
+        machine.mem[l4, i] = l3 << 12 | FULL
+        for j, l2 in enumerate(l2s[3 * i : 3 * i + 3]):
+            machine.mem[l3, j] = l2 << 12 | FULL
+    for l2, l1 in zip(l2s, l1s, strict=True):
+        machine.mem[l2, 7] = machine.mem[l2, 9] = l1 << 12 | FULL
+        machine.mem[l1, 0] = guest.frames[15] << 12 | FULL
+    return l4, frames
+
+
+def counts(guest, frames):
+    """Type, type count and references of frames."""
+    machine = guest.machine
+    return [
+        (int(machine.page_type[m]), int(machine.type_count[m]), int(machine.refs[m]))
+        for m in [*frames, guest.frames[15]]
+    ]
+
+
+def ask(guest, command, mfn):
+    """One mmuext_op by a `syscall` of the guest; its result."""
+    guest.poke(REQUESTS, 0, struct.pack("<IIQQ", command, 0, mfn, 0))
+    guest.run(SYSCALL, rax=MMUEXT_OP, rdi=guest.va(REQUESTS), rsi=1, rdx=guest.va(DONE), r10=SELF)
+    result = guest.hv.q[RAX]
+    return result - (result >> 63 << 64)
+
+
+def test_a_tree_is_pinned_and_unpinned_step_by_step(guest, tree):
+    """With somebody waiting all the time, a tree is validated in as many steps as it has tables,
+    to the same counts as at one stroke, and is given up again in as many, to none."""
+    l4, frames = tree
+    nothing = counts(guest, frames)
+    guest.power_on()
+    assert ask(guest, PIN_L4, l4) == 0
+    pinned = counts(guest, frames)
+    assert ask(guest, UNPIN, l4) == 0
+    assert counts(guest, frames) == nothing
+    preemptions = every(guest.hv, 1)
+    assert ask(guest, PIN_L4, l4) == 0
+    assert len(preemptions) >= 5  # the six L2 tables, and never before the first
+    assert counts(guest, frames) == pinned
+    assert ask(guest, UNPIN, l4) == 0
+    assert len(preemptions) >= 5 + 8
+    assert counts(guest, frames) == nothing
+    assert not guest.tables.unfinished
+    assert not guest.tables.progress.kept
+
+
+def test_a_tree_with_an_error_at_its_end(guest, tree):
+    """An entry that is refused in the last table: the error comes through all preemptions, and
+    nothing stays of what was validated before."""
+    l4, frames = tree
+    nothing = counts(guest, frames)
+    guest.machine.mem[frames[8], 9] = guest.machine.nr_frames << 12 | FULL
+    guest.power_on()
+    preemptions = every(guest.hv, 1)
+    assert ask(guest, PIN_L4, l4) == -22
+    assert preemptions
+    assert counts(guest, frames) == nothing
+    assert not guest.tables.unfinished
+    assert not guest.tables.progress.kept
+
+
+def test_a_tree_changed_between_two_steps(guest, tree):
+    """A guest that never goes on with the pin it began: what had been validated for it can be
+    mapped writable again after any other request."""
+    l4, frames = tree
+    nothing = counts(guest, frames)
+    tables = guest.tables
+    assert tables.attempt(lambda: True, lambda: tables.pin(l4, 4)) == -85
+    kept = list(tables.progress.kept)
+    assert kept
+    assert not tables.pinned[l4]
+    assert tables.get_type(kept[0], 5) == -22
+    guest.machine.mem[l4] = 0
+    assert tables.attempt(lambda: False, lambda: 0) == 0
+    assert counts(guest, frames) == nothing
+    assert tables.get_type(kept[0], 5) == 0
+
+
+def test_a_dying_table_is_nobodys(guest, tree):
+    """A table that has not given up everything yet can be used as nothing: not as the table it
+    was, not as another, not writable, nor be written to."""
+    l4, _ = tree
+    tables = guest.tables
+    assert tables.pin(l4, 4) == 0
+    tables.attempt(lambda: True, lambda: tables.unpin(l4))
+    assert tables.unfinished
+    dying, level = tables.progress.dying[-1]
+    for want in (level, 1, 2, 3, 4, 5, 6):
+        assert tables.get_type(dying, want) == -22
+    assert tables.pin(dying, level) == -22
+    assert tables.mmu_update(dying << 12, 0) == -22
+    assert tables.attempt(lambda: False, lambda: 0) == 0
+    assert tables.get_type(dying, 5) == 0

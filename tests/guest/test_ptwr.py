@@ -301,3 +301,15 @@ def test_the_instruction_may_end_its_page(linux_like, prefixes):
 def test_the_instruction_may_cross_pages(linux_like, before):
     """An instruction is decoded that begins in one page and ends in the next."""
     decoded_at(linux_like, 3, 4096 - before, MOV)
+
+
+def test_only_stores_to_l1_tables_are_emulated(guest):
+    """A store to an L2, L3 or L4 table, of its own value even, is the guest's page fault, as on
+    Xen: those change by hypercall."""
+    handler = guest.set_handler(TRAP_PAGE_FAULT)
+    guest.domain.vm_assist = VMASST_WRITABLE_PAGETABLES
+    for page in range(guest.nr, guest.nr + 4):
+        table = guest.frames[page]
+        expected = guest.va(0, 3) if table == guest.l1 else handler
+        old = int(guest.machine.mem[table, 511])
+        assert guest.run(b"\x48\x89\x1f", rdi=guest.va(page, 8 * 511), rbx=old) == expected

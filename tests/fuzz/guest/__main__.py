@@ -47,6 +47,7 @@ def main():
         if options.minutes == 1e9 and options.lives == 1 << 60:
             options.minutes = 1
     signal.signal(signal.SIGALRM, _too_long)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # leave nothing then either
     sys.exit(1 if run(options) else 0)
 
 

@@ -11,10 +11,10 @@ from collections import Counter
 import numpy as np
 
 from tests.guest.arena import mfn_of_page
-from tests.guest.pagetable_model import recount
+from tests.guest.pagetable_model import FRAME, XEN_SLOTS, recount
 from xsave.frames import INVALID_M2P_ENTRY
 from xsave.guest.xen.machine import DOMID_FREE
-from xsave.guest.xen.pagetable import PGT_XEN
+from xsave.guest.xen.pagetable import PGT_L4, PGT_XEN
 from xsave.host.operations import Operations
 
 
@@ -42,6 +42,8 @@ def problems(domain):
     except AssertionError as broken:
         return [f"an entry that may not be: {broken}"]
     uses += held(domain)
+    dying_uses, dying_refs = dying(domain)
+    uses, refs = uses + dying_uses, refs + dying_refs
     for name, column, wanted in (("type", machine.type_count, uses), ("refs", machine.refs, refs)):
         counted = {mfn: int(column[mfn]) for mfn in own if column[mfn]}
         wrong = {mfn for mfn in {*counted, *wanted} if counted.get(mfn, 0) != wanted.get(mfn, 0)}
@@ -56,6 +58,20 @@ def problems(domain):
     if domain.nr_pages() > domain.max_pages:
         found.append(f"{domain.nr_pages()} pages, {domain.max_pages} allowed")
     return found
+
+
+def dying(domain):
+    """What a preempted request left: tables that still hold what they name; validated ones."""
+    progress, q = domain.tables.progress, domain.tables.q
+    uses, refs = Counter(progress.kept), Counter()
+    for mfn, level in progress.dying:
+        uses[mfn] += 1
+        for slot in range(512):
+            entry = q[(mfn << 9) + slot]
+            if entry & 1 and not (level == PGT_L4 and slot in XEN_SLOTS):
+                uses[(entry & FRAME) >> 12] += 1
+                refs[(entry & FRAME) >> 12] += 1
+    return uses, refs
 
 
 def held(domain):

@@ -29,7 +29,7 @@ from xsave.guest.xen.cpuregs import (
 from xsave.guest.xen.domain import Domain
 from xsave.guest.xen.guestcpu import M64, GuestCpu
 from xsave.guest.xen.guestmem import GuestFault
-from xsave.guest.xen.pagetable import PGT_L1, PGT_L4
+from xsave.guest.xen.pagetable import PGT_L1
 from xsave.guest.xen.privop import emulate_privileged, emulate_rdtsc
 from xsave.guest.xen.ptwr import emulate_table_write
 from xsave.guest.xen.vcpu import CR4_OSXSAVE, Cpu
@@ -126,14 +126,14 @@ class Hypervisor(GuestCpu):
         """hypercall_create_continuation(): what this hypercall returns when it was preempted.
 
         The guest will call it again with these arguments as soon as it runs, and see nothing."""
-        self.continuation = arguments
+        self.continuation = tuple(argument & M64 for argument in arguments)
         return 0
 
     def _call_again(self, arguments: tuple[int, ...]) -> None:
         """Leave the guest at its `syscall` instruction."""
         q = self.q
         for index, argument in zip(_ARGUMENTS, arguments, strict=False):
-            q[index] = argument & M64
+            q[index] = argument
         q[RIP] = (q[RIP] - _SYSCALL_BYTES) & M64
         self.continuation = None
 
@@ -241,7 +241,7 @@ class Hypervisor(GuestCpu):
             maddr >= 0
             and self.tables.owned(mfn)
             and self.tables.count[mfn] > 0
-            and PGT_L1 <= self.tables.ptype[mfn] <= PGT_L4
+            and self.tables.ptype[mfn] == PGT_L1  # the other levels only by hypercall
         )
 
     # -- frames ---

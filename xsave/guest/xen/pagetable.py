@@ -18,6 +18,7 @@ Errors are Xen's negative errno values, returned, as the guest gets them.
 from __future__ import annotations
 
 import errno
+from collections.abc import Callable
 
 import numpy as np
 
@@ -34,12 +35,14 @@ from xsave.frames import (
     XEN_L4_SLOTS,
 )
 from xsave.guest.xen.machine import Machine
+from xsave.guest.xen.progress import ERESTART, Progress
 
 PGT_NONE = 0
 PGT_L1, PGT_L2, PGT_L3, PGT_L4 = 1, 2, 3, 4
 PGT_WRITABLE = 5
 PGT_SEG_DESC = 6
 PGT_XEN = 7  # Xen's own frames of a domain: no guest mapping at all
+PGT_DYING = 8  # a table nobody uses, whose entries still hold what they name
 
 #: Flags an entry may not have. L1: cache attributes need I/O capabilities a guest has not got.
 _DISALLOWED = {
@@ -93,6 +96,7 @@ class PageTables:
         self.unflushed = False
         self.stale_tlb = False
         self.stale_pages: list[int] = []
+        self.progress = Progress()
 
     def flush_page(self, address: int) -> None:
         """Ask for the translation of one page to be forgotten before the guest runs again."""
@@ -105,10 +109,15 @@ class PageTables:
         """True if the guest may name this frame at all."""
         return mfn < self.nr_frames and self.owner[mfn] == self.domid and self.ptype[mfn] != PGT_XEN
 
+    def is_upper(self, mfn: int) -> bool:
+        """True for an L2, L3 or L4 table, an entry of which may lead to any number of others."""
+        return self.owned(mfn) and PGT_L2 <= self.ptype[mfn] <= PGT_L4
+
     # -- type references ---
 
     def get_type(self, mfn: int, want: int) -> int:
-        """Take one reference of type `want`; validate the table if it is the first. 0 or -errno."""
+        """Take one reference of type `want`; validate the table if it is the first. 0 or -errno:
+        -ERESTART if it was preempted in an attempt()."""
         if not self.owned(mfn):
             return -errno.EINVAL
         if self.count[mfn]:
@@ -116,6 +125,8 @@ class PageTables:
                 return -errno.EINVAL
             self.count[mfn] += 1
             return 0
+        if PGT_L2 <= want <= PGT_L4 and self.progress.must_stop():
+            return -ERESTART
         self.ptype[mfn] = want
         self.count[mfn] = 1
         if self.unflushed and want != PGT_WRITABLE:
@@ -126,6 +137,7 @@ class PageTables:
                 self.count[mfn] = 0
                 self.ptype[mfn] = PGT_NONE
                 return rc
+            self.progress.nr_steps += want > PGT_L1
         elif want == PGT_SEG_DESC:
             rc = self._validate_descriptors(mfn)
             if rc:
@@ -144,7 +156,44 @@ class PageTables:
         if was == PGT_L1:
             self._release_l1(mfn)
         elif PGT_L2 <= was <= PGT_L4:
-            self._release_upper(mfn, was)
+            self.ptype[mfn], self.count[mfn] = PGT_DYING, 1
+            self.progress.dying.append((mfn, was))
+            if not self.progress.releasing:
+                self._release_dying()
+
+    def _release_dying(self) -> None:
+        """Give up what dying tables name, and what dies of that, unless preempted."""
+        progress = self.progress
+        progress.releasing = True
+        while progress.dying and not progress.must_stop():
+            mfn, level = progress.dying.pop()
+            self._release_upper(mfn, level)
+            self.ptype[mfn], self.count[mfn] = PGT_NONE, 0
+            progress.nr_steps += 1
+        progress.releasing = False
+
+    def attempt(self, preempted: Callable[[], bool], request: Callable[[], int]) -> int:
+        """Do what remains of earlier requests, then this one, which may be preempted: -ERESTART
+        then, and it must be made again. It may also be done and leave something: `unfinished`."""
+        progress = self.progress
+        progress.preempted, progress.nr_steps = preempted, 0
+        try:
+            self._release_dying()
+            if progress.dying:
+                return -ERESTART
+            kept, progress.kept = progress.kept, []
+            try:
+                return request()
+            finally:
+                for mfn in kept:
+                    self.put_type(mfn)
+        finally:
+            progress.preempted = None
+
+    @property
+    def unfinished(self) -> bool:
+        """True if a request was done and left something to do before the guest goes on."""
+        return bool(self.progress.dying)
 
     def _validate_l1(self, mfns: int | np.ndarray) -> int:
         """Take the references of all entries of one table, or of several at once; all or none."""
@@ -234,7 +283,9 @@ class PageTables:
                 break
             taken.append(entry)
             self.q[(mfn << 9) + slot] = entry | PTE_USER
-        if rc:
+        if rc == -ERESTART:
+            self._keep(taken)
+        elif rc:
             for entry in taken:
                 self._drop(entry, level)
         for table in held:
@@ -246,6 +297,13 @@ class PageTables:
             for slot in range(first, last + 1):
                 self.q[(mfn << 9) + slot] = self.xen_l4_slots.get(slot, 0)
         return 0
+
+    def _keep(self, entries: list[int]) -> None:
+        """The tables these name have been validated: that lasts until the request comes again."""
+        for entry in entries:
+            target = (entry & PTE_FRAME_MASK) >> PAGE_SHIFT
+            self.refs[target] -= 1
+            self.progress.kept.append(target)
 
     def _release_upper(self, mfn: int, level: int) -> None:
         for _, entry in self._links(mfn, level):

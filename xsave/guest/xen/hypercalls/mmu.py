@@ -17,6 +17,7 @@ from xsave.guest.xen.context import Vcpu
 from xsave.guest.xen.guestmem import GuestFault, is_guest_address
 from xsave.guest.xen.hypervisor import Hypervisor
 from xsave.guest.xen.pagetable import PGT_L4, PGT_WRITABLE
+from xsave.guest.xen.progress import ERESTART
 
 _REQUEST, _OP = struct.Struct("<QQ"), struct.Struct("<I4xQQ")
 _REQUESTS_AT_ONCE = 128
@@ -43,29 +44,36 @@ def mmu_update(
     def one(request: bytes) -> int:
         return _one_update(hv, *_REQUEST.unpack(request))
 
-    return _batch(hv, one, _REQUEST.size, (requests, count, done_ptr, foreign))
+    refused = _foreign(hv, foreign)
+    return _batch(hv, one, _REQUEST.size, (requests, count, done_ptr, foreign), refused)
 
 
 def _batch(
-    hv: Hypervisor, one: Callable[[bytes], int], size: int, arguments: tuple[int, int, int, int]
+    hv: Hypervisor,
+    one: Callable[[bytes], int],
+    size: int,
+    arguments: tuple[int, int, int, int],
+    refused: int,
 ) -> int:
     """Do requests of `size` bytes until one fails; a wanted vCPU goes on with the rest later, and
-    the count of all that were done is kept where the guest will find it."""
+    the count of all that were done is kept where the guest will find it. refused: why none may be
+    done, or 0."""
     requests, count, done_ptr, foreign = arguments
-    before = 0
+    tables, before = hv.tables, 0
+    if tables.unfinished and tables.attempt(hv.preempted, lambda: 0):
+        return hv.continue_with(*arguments)
+    if not requests and count & 0xFFFFFFFF == _MMU_UPDATE_PREEMPTED:
+        return foreign - (foreign >> 63 << 64)  # the result of what only left something to do
     if count & _MMU_UPDATE_PREEMPTED and done_ptr:
         before = _read_count(hv, done_ptr)
     count &= 0xFFFFFFFF & ~_MMU_UPDATE_PREEMPTED
-    if rc := _foreign(hv, foreign):
+    if rc := refused:
         count = 0
     done = 0
     try:
         for request in _requests(hv, requests, size, count):
-            if done and hv.preempted():
-                rest = (count - done) | _MMU_UPDATE_PREEMPTED
-                hv.continue_with(requests + size * done, rest, done_ptr, foreign)
-                break
-            if rc := one(request):
+            rc = -ERESTART if done and (tables.unfinished or hv.preempted()) else one(request)
+            if rc:
                 break
             done += 1
     except GuestFault as fault:
@@ -73,6 +81,11 @@ def _batch(
     if done_ptr:
         with contextlib.suppress(GuestFault):
             hv.write(done_ptr, struct.pack("<I", (before + done) & 0xFFFFFFFF))
+    if rc == -ERESTART:
+        rest = (count - done) | _MMU_UPDATE_PREEMPTED
+        return hv.continue_with(requests + size * done, rest, done_ptr, foreign)
+    if tables.unfinished:
+        return hv.continue_with(0, _MMU_UPDATE_PREEMPTED, 0, rc)
     return rc
 
 
@@ -117,7 +130,12 @@ def _one_update(hv: Hypervisor, address: int, value: int) -> int:
         return 0
     if command == _NO_TRANSLATE:
         command = _UPDATE
-    return hv.tables.mmu_update(address, value, preserve_ad=command == _PRESERVE_AD)
+    tables, preserve_ad = hv.tables, command == _PRESERVE_AD
+    if not tables.is_upper(address >> 12):
+        return tables.mmu_update(address, value, preserve_ad=preserve_ad)
+    return tables.attempt(
+        hv.preempted, lambda: tables.mmu_update(address, value, preserve_ad=preserve_ad)
+    )
 
 
 def update_va_mapping(
@@ -141,9 +159,12 @@ def mmuext_op(
 ) -> int:
     def one(op: bytes) -> int:
         command, arg1, arg2 = _OP.unpack(op)
-        return _one_op(hv, vcpu, command, arg1, arg2)
+        if command > _NEW_BASEPTR and command != _NEW_USER_BASEPTR:
+            return _one_op(hv, vcpu, command, arg1, arg2)
+        return hv.tables.attempt(hv.preempted, lambda: _one_op(hv, vcpu, command, arg1, arg2))
 
-    return _batch(hv, one, _OP.size, (ops, count, done_ptr, foreign & 0xFFFF))
+    refused = _foreign(hv, foreign & 0xFFFF)
+    return _batch(hv, one, _OP.size, (ops, count, done_ptr, foreign), refused)
 
 
 def _one_op(hv: Hypervisor, vcpu: Vcpu, command: int, arg1: int, arg2: int) -> int:

@@ -10,7 +10,8 @@ from xsave.guest.xen.adopt import adopt_context
 from xsave.guest.xen.context import Vcpu
 from xsave.guest.xen.events import MAX_PORTS
 from xsave.guest.xen.hypervisor import Hypervisor
-from xsave.guest.xen.pagetable import PGT_WRITABLE
+from xsave.guest.xen.pagetable import PGT_L4, PGT_WRITABLE
+from xsave.guest.xen.progress import ERESTART
 from xsave.public import SHUTDOWN_NAMES, VcpuGuestContext, VcpuInfo
 
 _YIELD, _BLOCK, _SHUTDOWN, _POLL = range(4)
@@ -113,10 +114,26 @@ def _initialise(hv: Hypervisor, target: Vcpu, argument: int) -> int:
     if target.initialised:
         return -errno.EEXIST
     blob = hv.read(argument, ctypes.sizeof(VcpuGuestContext))
-    if adopt_context(hv.domain, target, blob):
-        return -errno.EINVAL
-    target.initialised = True
-    return 0
+    rc = hv.tables.attempt(hv.preempted, lambda: _adopt(hv, target, blob))
+    return hv.continue_with(_INITIALISE, target.id, argument) if rc == -ERESTART else rc
+
+
+def _adopt(hv: Hypervisor, target: Vcpu, blob: bytes) -> int:
+    """Take a context; its page tables are validated before, as that may take long."""
+    tables, held = hv.tables, []
+    context = VcpuGuestContext.from_buffer_copy(blob)
+    rc = 0
+    for root in (context.ctrlreg[3] >> 12, context.ctrlreg[1] >> 12):
+        if root and not rc:
+            rc = tables.get_type(root, PGT_L4)
+            held += [] if rc else [root]
+    if not rc and not adopt_context(hv.domain, target, blob):
+        target.initialised = True
+    for root in held:
+        tables.put_type(root)
+    if rc == -ERESTART or target.initialised:
+        return rc
+    return -errno.EINVAL
 
 
 def _register_vcpu_info(hv: Hypervisor, target: Vcpu, argument: int) -> int:
