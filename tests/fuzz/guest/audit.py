@@ -87,4 +87,4 @@ def held(domain):
     uses += [address >> 12 for address in domain.events._array]
     rings = (domain.store_page, domain.console.page)
     uses += [mfn_of_page(machine, page) for page in rings if page is not None]
-    return Counter([*uses, domain.shared_info_mfn])
+    return Counter([*uses, *domain.grants.frames, domain.shared_info_mfn])

@@ -56,6 +56,7 @@ class Values:
             "M": lambda: rng.choice((1, 6)) | (rng.randrange(9) << 6 if rng.random() < 0.1 else 0),
             "C": lambda: rng.randrange(32),
             "h": lambda: 14,
+            "G": lambda: SELF | rng.choice((1, 2, 3, 64, 65, 1 << 31)) << 32,
             "x": lambda: rng.choice((14, 3, 8, 25, 1, 26, 12, 13)),
             "y": lambda: rng.choice((8, 9, 9, 21, 5)),
         }[letter]
