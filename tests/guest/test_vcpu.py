@@ -270,3 +270,19 @@ def test_a_refused_state_never_reaches_the_guest(guest, name):
         guest.hv.power_on()
     assert not guest.hv.powered
     assert guest.hv.stopped_at == -1
+
+
+def test_the_cpu_object_is_not_what_lies_before_it():
+    """Something the engine points to may lie so closely before its CPU object that the pointer to
+    the state seems to be in it, too: the CPU object is the one nearest to its state."""
+    signature = bytes(range(64))
+    memory = ctypes.create_string_buffer(1 << 18)
+    base = ctypes.addressof(memory) + 15 & ~15
+    engine, decoy, cpu, state = (base + offset for offset in (0, 0x4000, 0x5000, 0xD000))
+    for at, value in ((engine + 16, decoy), (engine + 440, cpu), (cpu + 296, state)):
+        ctypes.c_uint64.from_address(at).value = value
+    ctypes.memmove(state, signature, len(signature))
+    assert cpuregs.locate(engine, signature) == (cpu, state)
+    ctypes.c_uint64.from_address(cpu + 296).value = 0
+    with pytest.raises(cpuregs.UnsupportedEmulator):
+        cpuregs.locate(engine, signature)

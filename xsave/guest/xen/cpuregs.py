@@ -55,18 +55,23 @@ def _read(fd: int, address: int, nr: int) -> bytes:
 def locate(engine: int, signature: bytes) -> tuple[int, int]:
     """Return the addresses of the engine's CPU object and of the structure in it that begins with
     `signature`, two pointers away from the engine handle. /proc/self/mem makes a wrong guess an
-    error instead of a crash."""
+    error instead of a crash.
+
+    What lies before the CPU object in memory may seem to contain the pointer to the structure as
+    well, so of all that do the last one is it."""
     fd = os.open("/proc/self/mem", os.O_RDONLY | os.O_CLOEXEC)
     try:
-        for cpu in _pointers(_read(fd, engine, _SCAN_ENGINE)):
-            blob = _read(fd, cpu, _SCAN_CPU) or _read(fd, cpu, 4096)
-            for state in _pointers(blob):
-                near = cpu <= state < cpu + 0x40000
-                if near and _read(fd, state, len(signature)) == signature:
-                    return cpu, state
+        found = [
+            (cpu, state)
+            for cpu in set(_pointers(_read(fd, engine, _SCAN_ENGINE)))
+            for state in _pointers(_read(fd, cpu, _SCAN_CPU) or _read(fd, cpu, 4096))
+            if cpu <= state < cpu + 0x40000 and _read(fd, state, len(signature)) == signature
+        ]
     finally:
         os.close(fd)
-    raise UnsupportedEmulator("this unicorn keeps its CPU state elsewhere (2.1.4 is known)")
+    if not found:
+        raise UnsupportedEmulator("this unicorn keeps its CPU state elsewhere (2.1.4 is known)")
+    return max(found)
 
 
 def locate_stop_flag(engine: int, context_bytes: int) -> int:
