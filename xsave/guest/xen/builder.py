@@ -146,10 +146,11 @@ class Builder:
         nr = _pages(offset + len(data))
         if first + nr > self.nr_pages:
             raise HostCannotTake(f"the kernel wants memory at {paddr:#x}, beyond the domain's end")
-        frames = self.p2m[first : first + nr]
-        buffer = self.machine.pages[frames].reshape(-1)
-        buffer[offset : offset + len(data)] = np.frombuffer(data, np.uint8)
-        self.machine.pages[frames] = buffer.reshape(nr, PAGE_SIZE)
+        frames, pages = self.p2m[first : first + nr], self.machine.pages
+        buffer = np.empty((nr, PAGE_SIZE), np.uint8)
+        buffer[[0, -1]] = pages[frames[[0, -1]]]  # what else is in the pages at the ends
+        buffer.reshape(-1)[offset : offset + len(data)] = np.frombuffer(data, np.uint8)
+        pages[frames] = buffer
 
     def _write_tables(self) -> None:
         mem, p2m = self.machine.mem, self.p2m
