@@ -96,7 +96,7 @@ class Hypervisor(GuestCpu):
         elif q[RAX] & 0xFFFFFFFF == _HYPERVISOR_IRET:
             self._iret()
         else:
-            result = self.call(q[RAX], *(q[index] for index in _ARGUMENTS))
+            result = self.call(q[RAX], q[RDI], q[RSI], q[RDX], q[R10], q[R8])
             if self.continuation is None:
                 q[RAX] = result & M64
             else:
