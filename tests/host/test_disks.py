@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 
 import pytest
 
 from xsave.errors import StorageError
-from xsave.host.disk.disks import Disks, Worker
+from xsave.host.disk.disks import AttachedDisk, Disks, Worker
 from xsave.host.disk.file import DiskFile
 from xsave.host.disk.image import check, open_image
 from xsave.host.disk.spec import DiskSpec, parse
@@ -147,3 +148,135 @@ def test_stopping_finishes_what_was_given():
         worker.submit(lambda i=i: done.append(i), ignore)
     worker.stop()
     assert done == list(range(20))
+
+
+# -- a disk with a device ---
+
+
+class SlowImage:
+    """An image whose work waits for a gate, and can fail."""
+
+    readonly, nr_sectors = False, 64
+
+    def __init__(self):
+        self.gate = threading.Event()
+        self.log = []
+        self.broken = False
+
+    def _work(self, what):
+        assert self.gate.wait(30)
+        self.log.append(what)
+        if self.broken:
+            raise OSError(28, "No space left on device")
+
+    def read(self, offset, buffers):
+        self._work("read")
+
+    def write(self, offset, buffers):
+        self._work("write")
+
+    def flush(self):
+        self._work("flush")
+
+    def close(self):
+        self.log.append("close")
+
+
+class Device:
+    """Stands for the guest's device: counts what is in flight."""
+
+    nr_in_flight = 0
+
+    def complete(self, job):
+        self.nr_in_flight -= 1
+
+
+class Write:
+    """A job."""
+
+    def run(self, disk):
+        with contextlib.suppress(OSError):
+            disk.write(0, [])
+
+
+@pytest.fixture
+def slow(path):
+    """(disk, image, device, a function that waits for one piece of work and hands it back)."""
+    woken = threading.Semaphore(0)
+    disk = AttachedDisk(spec(path), woken.release)
+    disk._image = image = SlowImage()
+    disk.device = Device()
+
+    def serve():
+        assert woken.acquire(timeout=30)
+        disk.worker.serve()
+
+    yield disk, image, disk.device, serve
+    image.gate.set()
+    disk.close()
+
+
+def write(disk):
+    disk.device.nr_in_flight += 1
+    disk._by_worker(Write())
+
+
+def test_a_suspend_waits_for_the_disk(slow):
+    """It counts when what was in flight is done, and has been flushed after that; asking does not
+    wait."""
+    disk, image, device, serve = slow
+    write(disk)
+    assert not disk.settled()
+    image.gate.set()
+    serve()
+    assert device.nr_in_flight == 0
+    assert not disk.settled()
+    assert not disk.settled()
+    serve()
+    assert disk.settled()
+    assert disk.settled()
+    assert image.log == ["write", "flush"]
+    write(disk)
+    serve()
+    assert not disk.settled()
+    serve()
+    assert disk.settled()
+    assert image.log == ["write", "flush"] * 2
+
+
+def test_a_disk_that_cannot_be_flushed(slow):
+    """The error is told once; the next attempt tries again."""
+    disk, image, _device, serve = slow
+    image.gate.set()
+    image.broken = True
+    write(disk)
+    serve()
+    assert not disk.settled()
+    serve()
+    with pytest.raises(StorageError, match="No space left"):
+        disk.settled()
+    image.broken = False
+    assert not disk.settled()
+    serve()
+    assert disk.settled()
+
+
+def test_closing_finishes_what_is_in_flight(slow):
+    """Before the file is given up, its last request is done and answered."""
+    disk, image, device, _serve = slow
+    for _ in range(3):
+        write(disk)
+    image.gate.set()
+    disk.close()
+    assert device.nr_in_flight == 0
+    assert image.log == ["write"] * 3 + ["close"]
+
+
+def test_an_idle_disk_is_settled_at_once(path):
+    """So is one that nobody writes to."""
+    for mode in "wr":
+        disks = Disks([spec(path, mode)], ignore)
+        disks.open()
+        assert disks.settled()
+        assert not disks.has_done()
+        disks.close()
