@@ -31,6 +31,7 @@ from xsave.host.channel import open_sink
 from xsave.host.disk.image import open_image
 from xsave.host.disk.spec import parse
 from xsave.host.host import add_host
+from xsave.host.spawn import spawn
 from xsave.image.buffers import reader
 from xsave.image.stream import StreamDecoder
 from xsave.image.xl import XlHeader
@@ -202,6 +203,27 @@ def test_a_failed_migration_brings_the_disk_back(host, disk, monkeypatch):
     assert not is_free(disk)
     runs_on(host)
     destroy(host)
+
+
+def test_a_receiver_has_the_disk_when_it_says_so(host, disk, tmp_path):
+    """A domain that is to be handed over only looks at the file, and has it from attach_disks()
+    on; a missing one is an error at once."""
+    disks = [parse(spec(disk)).to_json()]
+    with spawn(host, "g") as domctl:
+        domctl.begin(nr_vcpus=1, max_pages=256, disks=disks, disks_later=True)
+        domctl.wait_begun()
+        assert is_free(disk)
+        domctl.attach_disks()
+        assert not is_free(disk)
+        domctl.abandon()
+    assert is_free(disk)
+    disk.unlink()
+    with spawn(host, "h") as domctl:
+        domctl.begin(nr_vcpus=1, max_pages=256, disks=disks, disks_later=True)
+        with pytest.raises(StorageError, match="No such file"):
+            domctl.wait_begun()
+        domctl.abandon()
+    nothing_is_left(host)
 
 
 def test_a_guest_does_not_go_on_without_its_disk(host, disk, monkeypatch):

@@ -29,8 +29,10 @@ class MemoryDisk:
         self.nr_sectors = nr_sectors
         self.broken = False
         self.nr_flushes = 0
+        self.nr_asked = 0
 
     def _check(self):
+        self.nr_asked += 1
         if self.broken:
             raise OSError(5, "broken")
 
