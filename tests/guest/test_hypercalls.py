@@ -204,21 +204,61 @@ def test_callback_op(guest, kind, field, flag):
 
 
 def test_other_callbacks(guest):
-    """Unregistering is accepted, NMIs and unknown kinds are not there."""
-    assert call(guest, 30, 1, 0) == 0
+    """An NMI's callback is trap 2, and the only one to be taken away again; other kinds are not
+    there; an address that can be none is refused."""
     assert call(guest, 30, 2, 0) == UNKNOWN
-    for kind in (3, 4, 6, 8, 0xFFFF):
+    for kind in (0, 1, 2, 4, 5, 7):
+        guest.poke(ARGS, 0, struct.pack("<HHxxxxQ", kind, 0, 1 << 47))
+        assert call(guest, 30, 0, guest.va(ARGS)) == REFUSED
+        assert call(guest, 30, 1, guest.va(ARGS)) == (0 if kind == 4 else REFUSED)
+    for kind in (3, 6, 8, 0xFFFF):
         guest.poke(ARGS, 0, struct.pack("<HHxxxxQ", kind, 0, 1))
-        assert call(guest, 30, 0, guest.va(ARGS)) == UNKNOWN
+        assert call(guest, 30, 0, guest.va(ARGS)) == call(guest, 30, 1, guest.va(ARGS)) == UNKNOWN
+    guest.poke(ARGS, 0, struct.pack("<HHxxxxQ", 4, 0, 0x77))
+    assert call(guest, 30, 0, guest.va(ARGS)) == 0
+    assert guest.vcpu.traps == {2: (0x77, 4)}
+    assert call(guest, 30, 1, guest.va(ARGS)) == 0
+    assert not guest.vcpu.traps
+
+
+def test_addresses_that_can_be_none(guest):
+    """What is not canonical is no callback, no handler and no segment base; what comes before it
+    in a trap table counts."""
+    none = 1 << 47
+    assert call(guest, 4, 1, none, 3) == 0
+    context = guest.vcpu.context
+    callbacks = context.event_callback_eip, context.failsafe_callback_eip
+    assert (*callbacks, context.syscall_callback_eip) == (1, 0, 3)
+    table = struct.pack("<BBHxxxxQ", 3, 0, 0, 5) + struct.pack("<BBHxxxxQ", 4, 0, 0, none)
+    guest.poke(ARGS, 0, table)
+    assert call(guest, 0, guest.va(ARGS)) == REFUSED
+    assert guest.vcpu.traps == {3: (5, 0)}
+    for which in range(3):
+        assert call(guest, 25, which, none) == REFUSED
 
 
 def test_debug_registers(guest):
-    """Debug registers hold what was set; those that do not exist are refused."""
-    assert call(guest, 8, 7, M64) == 0
-    assert call(guest, 9, 7) == M64
-    for register in (4, 5, 8, M64):
-        assert call(guest, 8, register, 1) == REFUSED
-    assert call(guest, 9, 8) == REFUSED
+    """Debug registers hold what was set, but for reserved bits; 4 and 5 are 6 and 7; a breakpoint
+    in Xen's memory is -EPERM, and so are those on ports; others do not exist."""
+    for register in range(4):
+        assert call(guest, 8, register, 0x1234 + register) == 0
+        assert call(guest, 9, register) == 0x1234 + register
+        for address in (0xFFFF_8000_0000_0000, 1 << 47):
+            assert call(guest, 8, register, address) == -errno.EPERM
+    for register, alias, value, read in (
+        (6, 4, 0, 0xFFFF0FF0),
+        (6, 4, 0xFFFF_FFFF, 0xFFFFEFFF),
+        (7, 5, 0, 0x400),
+        (7, 5, 0xDD00_DDFF, 0xDD00_05FF),
+    ):
+        for which in (register, alias):
+            assert call(guest, 8, which, value) == 0
+            assert call(guest, 9, register) == call(guest, 9, alias) == read
+        assert call(guest, 8, register, 1 << 32) == REFUSED
+    assert call(guest, 8, 7, 1 << 13) == -errno.EPERM
+    assert call(guest, 8, 7, 2 << 16 | 1) == -errno.EPERM
+    for register in (8, M64):
+        assert call(guest, 8, register, 1) == call(guest, 9, register) == -errno.ENODEV
 
 
 def test_vm_assists(guest):

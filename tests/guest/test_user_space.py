@@ -84,6 +84,15 @@ def test_a_syscall_is_no_hypercall(process):
     assert guest.hv.q[RAX] == 23
 
 
+def test_a_syscall_without_a_callback(process):
+    """A kernel that let user space run and has no callback for its system calls is crashed."""
+    guest = process.guest
+    guest.vcpu.context.syscall_callback_eip = 0
+    assert process.run(b"\x0f\x05") == -1
+    assert guest.domain.shutdown_reason == 3
+    assert "no callback" in guest.domain.crash_message
+
+
 @pytest.mark.parametrize("disables", [0, 16])
 def test_a_syscall_masks_upcalls_if_asked(process, disables):
     """VGCF_syscall_disables_events decides whether the callback is entered with upcalls masked."""

@@ -82,6 +82,10 @@ class GuestCpu:
         behind them, the register the handler before them.
         """
         q, vcpu, cpu = self.q, self.vcpu, self.cpu
+        if not handler:
+            self.domain.crash(f"no callback for what happened at rip {q[RIP]:#x}")
+            cpu.stop()
+            return
         rip, rsp, rflags = (q[RIP] + skip) & M64, q[RSP], cpu.rflags
         cs, ss = q[CS_SEL] & 0xFFFF, q[SS_SEL] & 0xFFFF
         old_mask = vcpu.info.evtchn_upcall_mask & 1
