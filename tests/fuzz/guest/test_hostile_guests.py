@@ -102,4 +102,4 @@ def test_it_would_be_noticed(arena, monkeypatch):
 
     monkeypatch.setattr(Hypervisor, "call", lambda *_: 1 / 0)
     with pytest.raises(Finding, match="ZeroDivisionError"):
-        Life(arena, 3).live(0.2)
+        Life(arena, 3).live(30)  # until it has crashed
