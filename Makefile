@@ -3,6 +3,9 @@
 # make test-realxen        images to and from a real Xen 4.17, which runs in QEMU (5 minutes);
 # make test-realxen XEN="4.14 4.17 4.20"    all that Debian has. Needs qemu-system-x86 and cpio.
 # make fuzz-guest MINUTES=60   hostile guests, one after the other, for so long (SEED=N: from that one)
+# make test-boots BOOTS=50      distributions' kernels, booted so many times each, idle and busy;
+# make test-cycles CYCLES=100   at work, saved, restored, checkpointed, cancelled so many times each.
+#                               Both need XSAVE_DISTRO_KERNELS (tests/distro/fetch), and hours.
 # make check   lint, formatting, types
 #
 # Each does all of its own set-up: the first run makes .venv and installs xsave into it (editable).
@@ -19,8 +22,10 @@ WORKERS ?= $(shell nproc | awk '{ print $$1 < 4 ? $$1 : 4 }')
 PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 MINUTES ?= 60
+BOOTS ?= 50
+CYCLES ?= 100
 
-.PHONY: demo test test-fast test-realxen fuzz-guest check clean
+.PHONY: demo test test-fast test-realxen test-boots test-cycles fuzz-guest check clean
 
 demo: $(VENV)/run.stamp
 	@$(BIN)/xsave demo
@@ -36,6 +41,13 @@ test-realxen: $(VENV)/test.stamp
 
 fuzz-guest: $(VENV)/test.stamp
 	@PYTHONPATH=. $(BIN)/python -m tests.fuzz.guest --minutes $(MINUTES) $(if $(SEED),--seed $(SEED))
+
+# One after the other: how busy the machine is, they see to themselves.
+test-boots: $(VENV)/test.stamp
+	@XSAVE_BOOTS=$(BOOTS) $(BIN)/python -m pytest tests/distro/test_boots.py $(PYTEST_ARGS)
+
+test-cycles: $(VENV)/test.stamp
+	@XSAVE_CYCLES=$(CYCLES) $(BIN)/python -m pytest -s tests/distro/test_cycles.py $(PYTEST_ARGS)
 
 check: $(VENV)/dev.stamp
 	@$(BIN)/ruff check xsave tests
