@@ -30,6 +30,7 @@ class DomainConfig:
     builtin: bool
     #: libxl_device_disk, one each, as they are.
     disks: list[Any]
+    seed: int | None
 
 
 def read_config(text: bytes) -> DomainConfig:
@@ -47,15 +48,17 @@ def read_config(text: bytes) -> DomainConfig:
         return kib // 4 if isinstance(kib, int) and 4 <= kib < _MAX_KIB else None
 
     disks = get("disks")
+    seed = get("xsave", "deterministic")
     name, vcpus = get("c_info", "name"), get("b_info", "max_vcpus")
     return DomainConfig(
         name=name if isinstance(name, str) else "",
         pages=pages("max_memkb"),
         target_pages=pages("target_memkb"),
         nr_vcpus=vcpus if isinstance(vcpus, int) else XEN_LEGACY_MAX_VCPUS,
-        deterministic=get("xsave", "deterministic") is not None,
+        deterministic=seed is not None,
         builtin=get("xsave", "guest") == "builtin",
         disks=disks if isinstance(disks, list) else [],
+        seed=seed if isinstance(seed, int) else None,
     )
 
 

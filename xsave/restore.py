@@ -244,6 +244,7 @@ class Reader:
             builtin=config.builtin,
             disks=config.disks,
             disks_later=bool(self._suffix),  # the other end has them
+            seed=config.seed,
         )
         self._memory = Memory(self._domctl, p2m_size)
 

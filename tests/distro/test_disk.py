@@ -18,8 +18,9 @@ import pytest
 
 from tests.conftest import directory_named_by
 from tests.distro.initramfs import archive
-from tests.distro.test_boot import PATIENCE_S, kernels, ticks, told, wait_for_ticks
-from tests.distro.test_boot import without_complaint as kernel_is_content
+from tests.distro.conftest import kernels
+from tests.distro.linux import PATIENCE_S, ticks, told, wait_for_ticks
+from tests.distro.linux import without_complaint as kernel_is_content
 from tests.flows.flow import nothing_is_left, restore, save, state, wait_for
 from tests.host.test_qcow2 import blank
 from xsave.errors import StorageError

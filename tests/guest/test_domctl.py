@@ -19,7 +19,7 @@ def ends():
     """A domctl, and the end of its connection where the domain's process would be."""
     ours, theirs = socket.socketpair()
     theirs.settimeout(10)
-    machine = SimpleNamespace(allocate=lambda domid, nr: np.arange(nr, dtype=np.uint64) + 50)
+    machine = SimpleNamespace(allocate=lambda domid, nr, _: np.arange(nr, dtype=np.uint64) + 50)
     with Domctl(machine, 1, "g", ours) as domctl, theirs:
         yield domctl, theirs
 

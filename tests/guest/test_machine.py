@@ -151,6 +151,22 @@ def test_the_seed_decides(machines):
     assert (one.allocate(1, 600) != first).any()
 
 
+def test_an_order_decides_whatever_the_host(machines):
+    """Frames by a number: the same on hosts with other seeds and other pasts, others by another
+    number; a negative or a huge one is one too."""
+    one, other = machines.make(16 * MIB, 5), machines.make(16 * MIB, 6)
+    other.allocate(2, 600)
+    other.free_domain(2)
+    for order in (7, -1, 1 << 70 | 3):
+        first, second = one.allocate(1, 600, order), one.allocate(1, 600, order)
+        assert (other.allocate(1, 600, order) == first).all()
+        assert (other.allocate(1, 600, order) == second).all()
+        one.free_domain(1)
+        assert (one.allocate(1, 600, order + 1) != first).any()
+        one.free_domain(1)
+        other.free_domain(1)
+
+
 def test_every_frame_can_be_had_and_no_more(small):
     """The last free frame is handed out; one more is OutOfFrames, and takes nothing."""
     nr = small.free_frames()

@@ -76,12 +76,18 @@ class Building:
             int(arguments["max_pages"]),
             VirtualClock() if arguments.get("deterministic") else RealClock(),
             arguments.get("xen_frames"),
+            arguments.get("frame_order"),
         )
         self._fill_store(domain, int(arguments["target_pages"]))
         return {"shared_info_mfn": domain.shared_info_mfn}, b""
 
     def _begin(
-        self, nr_vcpus: int, max_pages: int, clock: RealClock, xen_frames: list[int] | None = None
+        self,
+        nr_vcpus: int,
+        max_pages: int,
+        clock: RealClock,
+        xen_frames: list[int] | None,
+        frame_order: int | None,
     ) -> Domain:
         """Put a domain with nothing in it in the place of the one that was, if any."""
         running = self._running
@@ -93,8 +99,10 @@ class Building:
             clock=clock,
             log_path=running.directory / "console.log",
             xen_frames=xen_frames,
+            frame_order=frame_order,
         )
         domain.console.listeners.append(running.control.console_output)
+        domain.console.holds_input = clock.virtual
         running.hypervisor = Hypervisor(domain, table())
         return domain
 
@@ -146,7 +154,8 @@ class Building:
         running.disks.unplug()
         running.machine.free_domain(running.domid)
         running.builtin = boot.builtin
-        domain = self._begin(boot.vcpus, boot.max_memory_bytes // PAGE_SIZE, old.clock)
+        max_pages = boot.max_memory_bytes // PAGE_SIZE
+        domain = self._begin(boot.vcpus, max_pages, old.clock, None, old.frame_order)
         old.console.close()
         domain.tsc = old.tsc
         nr_pages = boot.memory_bytes // PAGE_SIZE

@@ -86,6 +86,7 @@ def create(
             deterministic=deterministic is not None,
             builtin=boot.builtin,
             disks=boot.disks_json(),
+            seed=deterministic,
         )
         domctl.build(boot.kernel_path, boot.ramdisk, cmdline, memory_bytes // PAGE_SIZE)
         domctl.set_state(_state(boot, boot.to_json(name, uuid)))

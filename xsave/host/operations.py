@@ -28,7 +28,7 @@ from xsave.public import SHUTDOWN_CRASH, SHUTDOWN_NAMES, SHUTDOWN_SUSPEND
 _BUILDER_TIMEOUT_S = 30.0
 #: Requests that change what the guest does next: a deterministic guest gets them only while it
 #: stands still at its horizon, so that real time cannot matter.
-_AT_HORIZON = {"suspend", "shutdown", "target"}
+_AT_HORIZON = {"suspend", "shutdown", "target", "pause", "unpause"}
 
 Answer = tuple[dict[str, Any], bytes]
 
@@ -64,6 +64,7 @@ class Operations:
             else:
                 self._serve_one(request)
         self._running.control.put_back(later)
+        self._hear()
         if self._running.built:
             self._suspension.check()
         elif self.deadline_s() == 0.0:
@@ -75,6 +76,14 @@ class Operations:
         domain = self._domain
         moving = domain.shutdown_reason is None and not self._running.holding()
         return domain.clock.virtual and moving
+
+    def _hear(self) -> None:
+        """What was typed is a request too: a deterministic guest hears it at its horizon."""
+        running = self._running
+        if not running.built or running.paused or self._must_wait():
+            return
+        if self._domain.shutdown_reason is None and self._domain.console.release():
+            self._domain.clock.extend()
 
     def _serve_one(self, request: Request) -> None:
         if request.op == "closed":

@@ -50,8 +50,8 @@ class PrivateMachine(Machine):
             setattr(self, column, np.frombuffer(self._tab, dtype, self.nr_frames, offset))
             offset += self.nr_frames * np.dtype(dtype).itemsize
 
-    def allocate(self, domid: int, nr: int) -> np.ndarray:
-        """Give the next nr frames to domid, (nr,) u64. Raises OutOfFrames."""
+    def allocate(self, domid: int, nr: int, order: int | None = None) -> np.ndarray:
+        """Give the next nr frames to domid, (nr,) u64, in no other order. Raises OutOfFrames."""
         mfns = self.frames[self._next : self._next + nr]
         if mfns.size < nr:
             raise OutOfFrames(wanted=nr, free=int(mfns.size), host=self.name)

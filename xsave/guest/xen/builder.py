@@ -127,7 +127,7 @@ class Builder:
 
     def build(self) -> None:
         domain = self.domain
-        self.p2m = self.machine.allocate(domain.domid, self.nr_pages)
+        self.p2m = domain.allocate(self.nr_pages)
         self.machine.m2p[self.p2m] = np.arange(self.nr_pages, dtype=np.uint64)
         for segment in self.kernel.segments:
             end = segment.offset + segment.file_bytes

@@ -15,6 +15,7 @@ _IN_BYTES, _OUT_BYTES = 1024, 2048
 _IN, _OUT, _INDICES = 0, 1024, 3072
 #: The log lives in the host's RAM: it keeps the newest part of what a guest ever said.
 LOG_LIMIT_BYTES = 4 << 20
+_MAX_TYPED_BYTES = 64 << 10
 
 
 class Console:
@@ -25,7 +26,10 @@ class Console:
         self._fd = os.open(log_path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
         self.page: memoryview | None = None
         self.listeners: list[Callable[[bytes], None]] = []
+        #: Whether input waits for release(), instead of reaching the guest at once.
+        self.holds_input = False
         self._input = bytearray()
+        self._typed = bytearray()
 
     def put(self, data: bytes) -> None:
         """Guest output, from the ring or from the console_io hypercall."""
@@ -73,7 +77,15 @@ class Console:
 
     def type(self, data: bytes) -> None:
         """Queue keyboard input (at most 64 KiB wait for a guest that does not read)."""
-        self._input += data[: (64 << 10) - len(self._input)]
+        queue = self._typed if self.holds_input else self._input
+        queue += data[: max(_MAX_TYPED_BYTES - len(queue), 0)]
+
+    def release(self) -> bool:
+        """Let the guest have what was typed so far. True if there was anything."""
+        nr = len(self._typed)  # another thread may add to it
+        self._input += self._typed[:nr]
+        del self._typed[:nr]
+        return nr > 0
 
     def close(self) -> None:
         os.close(self._fd)

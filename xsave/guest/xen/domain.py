@@ -62,11 +62,14 @@ class Domain:
         clock: RealClock,
         log_path: Path,
         xen_frames: Sequence[int] | None = None,
+        frame_order: int | None = None,
     ) -> None:
-        """xen_frames: XEN_FRAMES fresh frames of the domain's; None: take them here."""
+        """xen_frames: XEN_FRAMES fresh frames of the domain's; None: take them here. frame_order:
+        of Machine.allocate."""
         self.machine = machine
         self.max_pages = max_pages
         self.domid = domid
+        self.frame_order = frame_order
         self.clock = clock
         self.policy = CpuPolicy.default()
         self.vm_assist = 0
@@ -74,7 +77,7 @@ class Domain:
         self.shutdown_reason: int | None = None
         self.crash_message = ""
         self.never_run = True
-        self._use_xen_frames(xen_frames or machine.allocate(domid, XEN_FRAMES).tolist())
+        self._use_xen_frames(xen_frames or self.allocate(XEN_FRAMES).tolist())
         self.tables = PageTables(machine, domid, self._xen_l4_slots())
         self._hold_writable(self.shared_info_mfn)
         self.vcpus = [Vcpu(i, self.shared.vcpu_info[i]) for i in range(nr_vcpus)]
@@ -88,6 +91,10 @@ class Domain:
         self.store_page: memoryview | None = None
         self.store_port = 0
         self.connection = Connection(self.store, domid, home=self.home)
+
+    def allocate(self, nr: int) -> np.ndarray:
+        """Take nr more frames, all zero, shuffled: (nr,) u64. Raises OutOfFrames."""
+        return self.machine.allocate(self.domid, nr, self.frame_order)
 
     # -- Xen's own frames ---
 

@@ -90,6 +90,7 @@ class Domctl:
         self._sock = sock
         self._beginning = False  # begin() was sent, its answer not yet read
         self._shared_info_mfn = 0
+        self._frame_order: int | None = None
 
     def __enter__(self) -> Domctl:
         return self
@@ -250,17 +251,23 @@ class Domctl:
         builtin: bool = False,
         disks: Sequence[object] = (),
         disks_later: bool = False,
+        seed: int | None = None,
     ) -> None:
         """Make the empty domain; a ballooned guest keeps to target_pages (all, if None).
 
         disks: as a libxl_domain_config has them; they are opened here, or, with disks_later, only
         looked at: attach_disks() opens them.
 
+        The built-in kernel leaves no frame number behind, so its images are the same whatever
+        frames it had. Linux does, in stacks and in pages that it uses no more: for two of its
+        images to be the same the frames must be, so that with a seed they follow from that.
+
         Raises OutOfFrames. This does not wait for the domain's process, which takes its time to
         start and is not needed to fill frames. (So Xen's frames are taken here: the same seed
         gives the same frames.) What is asked of it first raises what became of this too:
         HostCannotTake, StorageError of a disk.
         """
+        self._frame_order = None if builtin else seed
         arguments = {
             "nr_vcpus": nr_vcpus,
             "max_pages": max_pages,
@@ -269,6 +276,7 @@ class Domctl:
             "builtin": builtin,
             "disks": list(disks),
             "disks_later": disks_later,
+            "frame_order": self._frame_order,
             "xen_frames": self.populate(XEN_FRAMES).tolist(),
         }
         send_message(self._sock, {"op": "begin", **arguments})
@@ -302,7 +310,7 @@ class Domctl:
 
     def populate(self, nr: int) -> np.ndarray:
         """Take fresh frames for the domain, all zero, shuffled: (nr,) u64. Raises OutOfFrames."""
-        return self.machine.allocate(self.domid, nr)
+        return self.machine.allocate(self.domid, nr, self._frame_order)
 
     def set_vcpu(self, state: VcpuState) -> None:
         blob = pack_blobs(state.context, state.extended, state.xsave, state.msrs)

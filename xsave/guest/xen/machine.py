@@ -150,11 +150,16 @@ class Machine:
     def free_frames(self) -> int:
         return int(np.count_nonzero(self.owner == DOMID_FREE))
 
-    def allocate(self, domid: int, nr: int) -> np.ndarray:
-        """Give `nr` free frames to domid; return their mfns, shuffled, (nr,) u64. All are zero."""
+    def allocate(self, domid: int, nr: int, order: int | None = None) -> np.ndarray:
+        """Give `nr` free frames to domid; return their mfns, shuffled, (nr,) u64. All are zero.
+
+        order: which ones follows from this number and from what is free, whatever the host's
+        seed and its past."""
         with self.lock():
             free = self.owner == DOMID_FREE
             seed = _hash64(_hash64(self.header[:1]) + self.header[1:2])
+            if order is not None:
+                seed = _hash64(np.array([order & (1 << 64) - 1], np.uint64))
             mfns = _pick_shuffled(free, nr, seed)
             if mfns is None:
                 raise OutOfFrames(wanted=nr, free=int(np.count_nonzero(free)), host=self.name)

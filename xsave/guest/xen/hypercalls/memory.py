@@ -90,7 +90,7 @@ def _populate(hv: Hypervisor, pfns: list[int], extents: int) -> int:
     room = max(domain.max_pages - domain.nr_pages(), 0)
     pfns = pfns[:room]
     try:
-        mfns = domain.machine.allocate(domain.domid, len(pfns)) if pfns else np.empty(0, np.uint64)
+        mfns = domain.allocate(len(pfns)) if pfns else np.empty(0, np.uint64)
     except OutOfFrames:
         return 0
     domain.machine.m2p[mfns] = np.array(pfns, np.uint64)

@@ -1,0 +1,84 @@
+"""What the tests of distributions' kernels share: booting one, and what it says on its console."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from tests.flows.flow import MIB, console, state, wait_for
+from xsave.errors import NotFound
+from xsave.host.create import create
+
+#: Booting takes 4 s on an idle machine with one vCPU.
+PATIENCE_S = 600
+#: What a kernel prints when something is wrong with it, or with its processors.
+COMPLAINTS = re.compile(
+    r"BUG:|Oops|WARNING:|Call Trace|detected stall|Kernel panic|general protection|segfault"
+    r"|W\+X.*FAILED"
+)
+
+
+def boot(host, kernel, ramdisk, **options):
+    options = {"memory_bytes": 256 * MIB, "cmdline": "console=hvc0", **options}
+    create(host, "g", kernel=kernel, ramdisk=ramdisk, **options)
+
+
+def told(host):
+    """The console with newlines as they are everywhere else. Raises nothing."""
+    return console(host).replace("\r\n", "\n")
+
+
+def ticks(text):
+    """[(number, "cpus=N HASH")] of what user space printed."""
+    return [(int(n), rest) for n, rest in re.findall(r"^TICK (\d+) (.+)\n", text, re.MULTILINE)]
+
+
+def wait_for_ticks(host, last, after=""):
+    """Wait until user space has ticked so far behind this text; return what was said there.
+
+    Fails at once if the domain ends."""
+
+    def reached():
+        text = told(host).rpartition(after)[2] if after else told(host)
+        if ticks(text) and ticks(text)[-1][0] >= last:
+            return text
+        assert state(host) == "running", told(host)[-2000:]
+        return None
+
+    return wait_for(reached, PATIENCE_S)
+
+
+def without_complaint(text, same=True):
+    """Assert that the kernel found nothing wrong, that each tick is the last one's next, and that
+    user space always saw the same (same=False: but for the number of processors)."""
+    assert COMPLAINTS.findall(text) == []
+    numbers = [n for n, _ in ticks(text)]
+    assert numbers == list(range(numbers[0], numbers[0] + len(numbers)))
+    assert len({rest if same else rest.split()[-1] for _, rest in ticks(text)}) == 1
+
+
+def type_line(host, line):
+    """Type on the guest's console, and stay until it has been echoed."""
+    try:
+        with host.find("g") as domctl:
+            sock = domctl.console_attach()
+            sock.sendall(line)
+            sock.settimeout(PATIENCE_S)
+            heard = b""
+            while line.strip() not in heard:
+                heard += sock.recv(4096)
+    except NotFound:
+        pytest.fail("the domain is gone")
+
+
+def do(host, command):
+    """Have the guest's user space do a line of shell, and wait until it has."""
+    before = told(host).count("\nDONE ")
+    type_line(host, b"do " + command.encode() + b"\n")
+
+    def done():
+        assert state(host) == "running", told(host)[-2000:]
+        return told(host).count("\nDONE ") > before
+
+    wait_for(done, PATIENCE_S)
