@@ -239,6 +239,8 @@ def test_a_usage_error_in_json_keeps_out_of_the_image(invoke):
         ["destroy", "x"],
         ["shutdown", "x"],
         ["console", "x", "--log"],
+        ["mem-set", "x", "64M"],
+        ["vcpu-set", "x", "1"],
         ["save", "x", "f"],
         ["migrate", "x", "--to", "localhost"],
         ["migrate", "--to", "localhost"],

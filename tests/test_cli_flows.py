@@ -41,9 +41,10 @@ def log(xsave, *options, name="g"):
 
 
 def test_list_has_the_keys_of_the_contract(guest):
-    """name domid host state vcpus memory_bytes min_mfn max_mfn; the table names the guest too."""
+    """The keys scripts depend on, in their order; the table names the guest too."""
     (domain,) = guest.json("list")
     keys = ["name", "domid", "host", "state", "vcpus", "memory_bytes", "min_mfn", "max_mfn"]
+    keys.append("online_vcpus")
     assert list(domain) == keys
     assert (domain["name"], domain["host"], domain["state"]) == ("g", "localhost", "running")
     assert (domain["vcpus"], domain["memory_bytes"]) == (1, 16 << 20)
@@ -58,6 +59,41 @@ def test_pause_and_unpause(guest):
     time.sleep(1.2)
     assert log(guest) == before
     assert guest.json("unpause", "g")["state"] == "running"
+
+
+def test_memory_is_given_back_and_taken(xsave):
+    """mem-set asks, list shows what the guest has; more than maxmem is refused, 2, and asks
+    nothing."""
+    xsave.ok("create", "g", *MEMORY, "--maxmem", "20M")
+    for size in (12, 20):
+        asked = xsave.json("mem-set", "g", f"{size}M")
+        assert asked == {"name": "g", "target_bytes": size << 20}
+        wait_for(lambda size=size: domains(xsave)["g"]["memory_bytes"] == size << 20)
+    assert xsave("mem-set", "g", "21M").code == 2
+    assert xsave("mem-set", "g", "2K").code == 2
+    assert domains(xsave)["g"]["memory_bytes"] == 20 << 20
+
+
+def test_less_maxmem_than_memory(xsave):
+    """2, and nothing is made."""
+    assert xsave("create", "g", *MEMORY, "--maxmem", "15M").code == 2
+    assert domains(xsave) == {}
+
+
+def test_vcpus_that_are_not_there(guest):
+    """vcpu-set takes as many as there are, at least one."""
+    assert guest.json("vcpu-set", "g", "1") == {"name": "g", "available_vcpus": 1}
+    for number in ("2", "0", "-1", "many"):
+        assert guest("vcpu-set", "g", number).code == 2
+
+
+def test_who_has_ended_is_asked_nothing(xsave):
+    """mem-set and vcpu-set of a guest that has powered off: 6."""
+    xsave.ok("create", "g", *MEMORY, "--on-poweroff", "preserve")
+    xsave.ok("shutdown", "g")
+    wait_for(lambda: domains(xsave)["g"]["state"] == "shutdown")
+    assert xsave("mem-set", "g", "12M").code == 6
+    assert xsave("vcpu-set", "g", "1").code == 6
 
 
 def test_a_name_is_taken_once(guest):

@@ -35,6 +35,16 @@ def test_what_is_odd_counts_as_absent(config):
     assert found.pages is None or found.pages > 0
 
 
+@pytest.mark.parametrize(
+    ("listed", "found"),
+    [([0, 2], {0, 2}), ([], None), (None, None), ("0-3", None), ([0, "1", None, True], {0})],
+)
+def test_available_vcpus(listed, found):
+    """A list of numbers; whatever else says nothing."""
+    text = json.dumps({"b_info": {"avail_vcpus": listed}}).encode()
+    assert read_config(text).available_vcpus == found
+
+
 @given(anything, st.text(min_size=1, max_size=9))
 def test_a_name_is_changed_and_nothing_else(config, name):
     """The new text has the name and all else of the old one; with the old name it is the same."""

@@ -35,6 +35,8 @@ COMMANDS = {
     "shutdown": "domain:shutdown",
     "reboot": "domain:reboot",
     "destroy": "domain:destroy",
+    "mem-set": "tuning:mem_set",
+    "vcpu-set": "tuning:vcpu_set",
     "save": "flows:save",
     "restore": "flows:restore",
     "migrate": "flows:migrate",

@@ -20,12 +20,14 @@ _MAX_KIB = 1 << 40
 
 @dataclass(frozen=True)
 class DomainConfig:
-    """name: "" if there is none; pages, target_pages: None if it says nothing of memory."""
+    """name: "" if there is none; pages, target_pages: None if it says nothing of memory;
+    available_vcpus: None if it says nothing of them, which means all."""
 
     name: str
     pages: int | None
     target_pages: int | None
     nr_vcpus: int
+    available_vcpus: frozenset[int] | None
     deterministic: bool
     builtin: bool
     #: libxl_device_disk, one each, as they are.
@@ -49,17 +51,26 @@ def read_config(text: bytes) -> DomainConfig:
 
     disks = get("disks")
     seed = get("xsave", "deterministic")
+    available = get("b_info", "avail_vcpus")
     name, vcpus = get("c_info", "name"), get("b_info", "max_vcpus")
     return DomainConfig(
         name=name if isinstance(name, str) else "",
         pages=pages("max_memkb"),
         target_pages=pages("target_memkb"),
         nr_vcpus=vcpus if isinstance(vcpus, int) else XEN_LEGACY_MAX_VCPUS,
+        available_vcpus=_available(available),
         deterministic=seed is not None,
         builtin=get("xsave", "guest") == "builtin",
         disks=disks if isinstance(disks, list) else [],
         seed=seed if isinstance(seed, int) else None,
     )
+
+
+def _available(listed: object) -> frozenset[int] | None:
+    """A libxl_bitmap, as libxl writes it: the numbers of the bits that are set."""
+    if not isinstance(listed, list):
+        return None
+    return frozenset(n for n in listed if isinstance(n, int) and not isinstance(n, bool)) or None
 
 
 def renamed(text: bytes, name: str) -> bytes:

@@ -240,6 +240,7 @@ class Reader:
             nr_vcpus=config.nr_vcpus,
             max_pages=max_pages,
             target_pages=config.target_pages,
+            available_vcpus=config.available_vcpus,
             deterministic=config.deterministic,
             builtin=config.builtin,
             disks=config.disks,

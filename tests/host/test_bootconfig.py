@@ -73,6 +73,14 @@ def test_actions_are_written():
     assert action_on(text, "reboot") == DESTROY
 
 
+def test_available_vcpus():
+    """Those in use are read again as they were written: all, unless some are not."""
+    some = BootConfig(kernel="/k", vcpus=4, available_vcpus=(0, 1))
+    assert read(some.to_json("g")).available_vcpus == (0, 1)
+    assert read(BootConfig(kernel="/k", vcpus=2).to_json("g")).available_vcpus is None
+    assert read(b'{"b_info": {"kernel": "/k", "target_memkb": 4096}}').available_vcpus is None
+
+
 def test_uuids():
     """A uuid is kept if given, follows from the seed of a deterministic guest, else is new."""
 

@@ -66,7 +66,7 @@ def scene():
     machines.close()
 
 
-@pytest.mark.parametrize("op", ["pause", "unpause", "shutdown", "target", "suspend"])
+@pytest.mark.parametrize("op", ["pause", "unpause", "shutdown", "target", "vcpus", "suspend"])
 def test_requests_wait_for_the_horizon(scene, op):
     """What changes the guest is not done, nor answered, before its time stands still."""
     before = scene.clock.horizon_ns

@@ -27,6 +27,7 @@ _EVENTS = ("poweroff", "reboot", "crash")
 @click.option("--ramdisk", metavar="FILE", help="The kernel's initial ramdisk.")
 @click.option("--cmdline", metavar="TEXT", help="The kernel's command line.")
 @click.option("--memory", type=SIZE, help="Its memory; 64M unless told otherwise.")
+@click.option("--maxmem", type=SIZE, help="What mem-set may give it; its memory, by default.")
 @click.option("--vcpus", type=click.IntRange(1), metavar="N", help="Its vCPUs; 1 by default.")
 @click.option(
     "--disk", "disks", multiple=True, metavar="SPEC", help="A disk: FILE,raw|qcow2,xvda,w|r."
@@ -44,6 +45,7 @@ def create(
     name: str,
     arguments: tuple[str, ...],
     memory: int | None,
+    maxmem: int | None,
     paused: bool,
     deterministic: int | None,
     disks: tuple[str, ...],
@@ -61,7 +63,7 @@ def create(
     file = name
     name, options = read_config(settings, file, arguments)
     actions = {event: given.pop(f"on_{event}") for event in _EVENTS}
-    given["memory_bytes"] = memory
+    given |= {"memory_bytes": memory, "max_memory_bytes": maxmem}
     options["disks"] = [*options.get("disks", ()), *disks]
     options |= {key: value for key, value in given.items() if value is not None}
     chosen = {event: action for event, action in actions.items() if action}

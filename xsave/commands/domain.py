@@ -37,7 +37,9 @@ def row(domain: DomainInfo) -> list[str]:
     frames = f"{domain.min_mfn:#x}-{domain.max_mfn:#x}"
     memory = console.human_bytes(domain.memory_bytes)
     state = [domain.name, str(domain.domid), domain.host, domain.state]
-    return [*state, str(domain.vcpus), memory, frames]
+    offline = domain.online_vcpus < domain.vcpus
+    vcpus = f"{domain.online_vcpus} of {domain.vcpus}" if offline else str(domain.vcpus)
+    return [*state, vcpus, memory, frames]
 
 
 @click.command()

@@ -49,6 +49,7 @@ class BootConfig:
     memory_bytes: int = 64 << 20
     max_memory_bytes: int = 64 << 20
     vcpus: int = 1
+    available_vcpus: tuple[int, ...] | None = None  # None: all
     deterministic: int | None = None
     actions: Mapping[str, str] = field(default_factory=dict)
     disks: Sequence[DiskSpec] = ()
@@ -72,7 +73,7 @@ class BootConfig:
             "c_info": {"type": "pv", "name": name, "uuid": domain_uuid or self._uuid(name)},
             "b_info": {
                 "max_vcpus": self.vcpus,
-                "avail_vcpus": list(range(self.vcpus)),
+                "avail_vcpus": list(self.available_vcpus or range(self.vcpus)),
                 "max_memkb": self.max_memory_bytes >> 10,
                 "target_memkb": self.memory_bytes >> 10,
                 "video_memkb": 0,
@@ -128,6 +129,7 @@ def read(config: bytes) -> BootConfig:
         memory_bytes=memory,
         max_memory_bytes=max(memory, _number(boot, "max_memkb") << 10),
         vcpus=_number(boot, "max_vcpus", 1),
+        available_vcpus=_available(boot),
     )
     if memory < PAGE_SIZE or not 1 <= config_read.vcpus <= XEN_LEGACY_MAX_VCPUS:
         raise HostCannotTake(
@@ -153,3 +155,11 @@ def _text(values: Mapping[str, Any], key: str) -> str:
 def _number(values: Mapping[str, Any], key: str, default: int = 0) -> int:
     value = values.get(key, default)
     return value if isinstance(value, int) and 0 <= value < 1 << 40 else default
+
+
+def _available(b_info: Mapping[str, Any]) -> tuple[int, ...] | None:
+    """Which vCPUs are in use, None if all are or it is not said."""
+    listed = b_info.get("avail_vcpus")
+    numbers = tuple(n for n in listed if isinstance(n, int)) if isinstance(listed, list) else ()
+    everything = set(range(min(_number(b_info, "max_vcpus", 1), XEN_LEGACY_MAX_VCPUS)))
+    return None if not numbers or everything <= set(numbers) else numbers

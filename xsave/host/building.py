@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +79,8 @@ class Building:
             arguments.get("xen_frames"),
             arguments.get("frame_order"),
         )
-        self._fill_store(domain, int(arguments["target_pages"]))
+        available = arguments.get("available_vcpus")
+        self._fill_store(domain, int(arguments["target_pages"]), available)
         return {"shared_info_mfn": domain.shared_info_mfn}, b""
 
     def _begin(
@@ -106,16 +108,23 @@ class Building:
         running.hypervisor = Hypervisor(domain, table())
         return domain
 
-    def _fill_store(self, domain: Domain, target_pages: int) -> None:
+    def _fill_store(
+        self, domain: Domain, target_pages: int, available_vcpus: Sequence[int] | None
+    ) -> None:
         """The nodes a PV guest expects, as libxl writes them.
 
-        A balloon driver follows memory/target at once when it resumes.
+        A balloon driver follows memory/target, and a kernel the availability of its vCPUs, at
+        once when it resumes. available_vcpus None: all.
         """
         domain.store.introduce(domain.domid)
+        online = range(len(domain.vcpus)) if available_vcpus is None else available_vcpus
         nodes = {
             "name": self._running.name,
             "domid": str(domain.domid),
-            **{f"cpu/{vcpu.id}/availability": "online" for vcpu in domain.vcpus},
+            **{
+                f"cpu/{vcpu.id}/availability": availability(vcpu.id in online)
+                for vcpu in domain.vcpus
+            },
             "memory/static-max": str(domain.max_pages * 4),
             "memory/target": str(target_pages * 4),
             "device": "",
@@ -159,7 +168,7 @@ class Building:
         old.console.close()
         domain.tsc = old.tsc
         nr_pages = boot.memory_bytes // PAGE_SIZE
-        self._fill_store(domain, nr_pages)
+        self._fill_store(domain, nr_pages, boot.available_vcpus)
         self._boot(boot.kernel_path, boot.ramdisk, boot.cmdline, nr_pages)
         self._p2m_frames, self.restored = b"", False
         del old
@@ -237,9 +246,16 @@ class Building:
 
     def set_target(self, nr_pages: int) -> None:
         """What a restored guest will be told to have: the image's configuration says it."""
+        self._note("target_memkb", nr_pages * 4)
+
+    def set_available_vcpus(self, number: int) -> None:
+        """Which vCPUs a restored guest will be told to use."""
+        self._note("avail_vcpus", list(range(number)))
+
+    def _note(self, key: str, value: Any) -> None:
         with contextlib.suppress(ValueError, TypeError, KeyError, RecursionError):
             config = json.loads(self._config)
-            config["b_info"]["target_memkb"] = nr_pages * 4
+            config["b_info"][key] = value
             self._config = json.dumps(config, indent=4).encode() + b"\n"
 
     # -- for a save ---
@@ -275,6 +291,11 @@ class Building:
             ids.append(vcpu.id)
             blobs += [bytes(vcpu.context), bytes(vcpu.extended), vcpu.xsave, vcpu.msrs]
         return {"ids": ids}, pack_blobs(*blobs)
+
+
+def availability(online: bool) -> str:
+    """What cpu/N/availability says."""
+    return "online" if online else "offline"
 
 
 def _read_file(path: str) -> bytes:

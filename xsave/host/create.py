@@ -58,6 +58,10 @@ def create(
     Raises NameTaken, HostCannotTake, OutOfFrames, StorageError, UsageError.
     """
     _check(memory_bytes, vcpus, kernel is None)
+    if max_memory_bytes is not None and max_memory_bytes < memory_bytes:
+        raise UsageError(
+            f"maximum memory of {max_memory_bytes >> 10} KiB: it begins with {memory_bytes >> 10}"
+        )
     if kernel is None and deterministic is not None and "seed=" not in cmdline:
         cmdline = f"seed={deterministic} {cmdline}".strip()
     boot = BootConfig(

@@ -17,7 +17,7 @@ from xsave.guest.xen.domain import Domain
 from xsave.guest.xen.wire import error_message, send_message
 from xsave.host import host as hosts
 from xsave.host.bootconfig import DESTROY, RESTART
-from xsave.host.building import Building
+from xsave.host.building import Building, availability
 from xsave.host.control import Client, Request
 from xsave.host.registry import write_record
 from xsave.host.running import RunningDomain
@@ -28,7 +28,7 @@ from xsave.public import SHUTDOWN_CRASH, SHUTDOWN_NAMES, SHUTDOWN_SUSPEND
 _BUILDER_TIMEOUT_S = 30.0
 #: Requests that change what the guest does next: a deterministic guest gets them only while it
 #: stands still at its horizon, so that real time cannot matter.
-_AT_HORIZON = {"suspend", "shutdown", "target", "pause", "unpause"}
+_AT_HORIZON = {"suspend", "shutdown", "target", "vcpus", "pause", "unpause"}
 
 Answer = tuple[dict[str, Any], bytes]
 
@@ -173,6 +173,7 @@ class Operations:
         return {
             "state": self._state(domain),
             "vcpus": len(domain.vcpus),
+            "online_vcpus": sum(vcpu.online for vcpu in domain.vcpus),
             "memory_bytes": domain.nr_pages() << 12,
         }, b""
 
@@ -201,10 +202,14 @@ class Operations:
         domain.clock.extend()
         return self.op_info(request)  # before the guest's first instruction, which takes a moment
 
+    def _check_alive(self) -> None:
+        """Raise GuestStateError if there is nobody to ask."""
+        if self._domain.shutdown_reason is not None:
+            raise GuestStateError(f"the domain is {self._state(self._domain)}")
+
     def op_shutdown(self, request: Request) -> Answer:
         domain = self._domain
-        if domain.shutdown_reason is not None:
-            raise GuestStateError(f"the domain is {self._state(domain)}")
+        self._check_alive()
         domain.clock.extend()
         domain.store.write(f"{domain.home}/control/shutdown", str(request.arguments["reason"]))
         domain.serve_store()
@@ -213,6 +218,7 @@ class Operations:
     def op_target(self, request: Request) -> Answer:
         """libxl_set_memory_target: the next save's image says so too."""
         domain, nr_pages = self._domain, int(request.arguments["nr_pages"])
+        self._check_alive()
         if not 0 < nr_pages <= domain.max_pages:
             raise UsageError(
                 f"{nr_pages * 4} KiB of memory: the domain may have up to {domain.max_pages * 4}"
@@ -220,6 +226,20 @@ class Operations:
         self._building.set_target(nr_pages)
         domain.clock.extend()
         domain.store.write(f"{domain.home}/memory/target", str(nr_pages * 4))
+        domain.serve_store()
+        return {}, b""
+
+    def op_vcpus(self, request: Request) -> Answer:
+        """libxl_set_vcpuonline: the next save's image says so too."""
+        domain, number = self._domain, int(request.arguments["number"])
+        self._check_alive()
+        if not 0 < number <= len(domain.vcpus):
+            raise UsageError(f"{number} vCPUs: the domain has {len(domain.vcpus)}")
+        self._building.set_available_vcpus(number)
+        domain.clock.extend()
+        for vcpu in domain.vcpus:
+            node = f"{domain.home}/cpu/{vcpu.id}/availability"
+            domain.store.write(node, availability(vcpu.id < number))
         domain.serve_store()
         return {}, b""
 

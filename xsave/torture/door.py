@@ -67,6 +67,7 @@ class Door(Domctl):
         nr_vcpus: int,
         max_pages: int,
         target_pages: int | None = None,
+        available_vcpus: frozenset[int] | None = None,
         deterministic: bool = False,
         builtin: bool = False,
         disks: Sequence[object] = (),
@@ -105,6 +106,7 @@ class Door(Domctl):
             memory_bytes=domain.max_pages << 12,
             min_mfn=0,
             max_mfn=nr - 1,
+            online_vcpus=sum(vcpu.online for vcpu in domain.vcpus),
         )
 
     def destroy(self) -> None:

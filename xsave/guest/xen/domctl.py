@@ -45,6 +45,7 @@ class DomainInfo:
     memory_bytes: int
     min_mfn: int
     max_mfn: int
+    online_vcpus: int
 
 
 @dataclass(frozen=True)
@@ -142,6 +143,7 @@ class Domctl:
             memory_bytes=message["memory_bytes"],
             min_mfn=int(mfns[0]) if mfns.size else 0,
             max_mfn=int(mfns[-1]) if mfns.size else 0,
+            online_vcpus=message["online_vcpus"],
         )
 
     def pause(self) -> None:
@@ -164,6 +166,11 @@ class Domctl:
         """Ask the guest's balloon driver (memory/target) to have so many pages; it takes its
         time. Raises UsageError if the domain may not have as many."""
         self._call("target", nr_pages=nr_pages)
+
+    def set_available_vcpus(self, number: int) -> None:
+        """Ask the guest (cpu/N/availability) to use its first vCPUs only; it takes its time.
+        Raises UsageError if it does not have as many."""
+        self._call("vcpus", number=number)
 
     def suspend(self, on_stage: Callable[[str], None]) -> None:
         """Ask the guest to suspend and wait until it has; `on_stage` hears the steps.
@@ -247,13 +254,15 @@ class Domctl:
         nr_vcpus: int,
         max_pages: int,
         target_pages: int | None = None,
+        available_vcpus: frozenset[int] | None = None,
         deterministic: bool = False,
         builtin: bool = False,
         disks: Sequence[object] = (),
         disks_later: bool = False,
         seed: int | None = None,
     ) -> None:
-        """Make the empty domain; a ballooned guest keeps to target_pages (all, if None).
+        """Make the empty domain; a ballooned guest keeps to target_pages, and one
+        with vCPUs offline to available_vcpus (all, if None).
 
         disks: as a libxl_domain_config has them; they are opened here, or, with disks_later, only
         looked at: attach_disks() opens them.
@@ -272,6 +281,7 @@ class Domctl:
             "nr_vcpus": nr_vcpus,
             "max_pages": max_pages,
             "target_pages": max_pages if target_pages is None else target_pages,
+            "available_vcpus": None if available_vcpus is None else sorted(available_vcpus),
             "deterministic": deterministic,
             "builtin": builtin,
             "disks": list(disks),
