@@ -326,12 +326,12 @@ def test_the_empty_tail_of_a_tree_is_left_off(world):
 def test_a_p2m_too_large_for_the_host(world, keep):
     """Whatever is published, there is a limit to how much of it is looked at."""
     keep(world)
-    world.page(world.top)[:8] = world.mfns[10:18]
+    world.page(world.top)[:17] = world.mfns[10:27]
     world.shared.arch.max_pfn = guest_p2m.largest(world.machine.nr_frames) + 1
     assert "too large for this host" in world.refused()
 
 
 def test_how_large_a_p2m_may_be():
-    """Four times the host's frames, or 4 GiB of address space on a small host."""
-    assert guest_p2m.largest(1 << 20) == 1 << 22
-    assert guest_p2m.largest(4096) == 1 << 20
+    """Four times the host's frames, or 16 GiB of address space on a small host."""
+    assert guest_p2m.largest(1 << 22) == 1 << 24
+    assert guest_p2m.largest(4096) == 1 << 22

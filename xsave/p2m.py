@@ -20,9 +20,10 @@ from xsave.public import SharedInfo
 
 PER_PAGE = 512
 _MAX_PFNS = 1 << 32
-#: A p2m may be larger than the memory behind it (gaps, ballooning), not absurdly so.
+#: A p2m may be larger than the memory behind it (gaps, ballooning), not absurdly so. A Linux that
+#: grows beyond what it began with plugs memory in above 4 GiB, however small it is.
 _P2M_PER_FRAME = 4
-_ALWAYS_PFNS = 1 << 20
+_ALWAYS_PFNS = 1 << 22
 
 
 @dataclass(frozen=True)
