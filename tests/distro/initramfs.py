@@ -11,10 +11,11 @@ _DIRECTORY, _PROGRAM = stat.S_IFDIR | 0o755, stat.S_IFREG | 0o755
 #: One tick a second: the processors there are, and a hash that is computed anew by children.
 #: What is typed on the console meanwhile is done ("do" and a line of shell).
 INIT = b"""#!/busybox sh
-/busybox mkdir -p /bin /sbin /proc /sys
+/busybox mkdir -p /bin /sbin /proc /sys /dev
 /busybox --install -s /bin
 mount -t proc none /proc
 mount -t sysfs none /sys
+mount -t devtmpfs none /dev
 n=0
 while :; do
     n=$((n + 1))
@@ -22,7 +23,7 @@ while :; do
     read -t 1 word && case $word in
     crash) echo c > /proc/sysrq-trigger ;;
     echo*) echo "heard ${word#echo}" ;;
-    do*) eval "${word#do}" && echo "DONE $n" ;;
+    do*) eval "${word#do}"; echo "DONE $?" ;;
     esac
 done
 """
@@ -30,8 +31,8 @@ done
 _ENDING = "#!/busybox sh\nexec /busybox {} -f\n"
 
 
-def initramfs(busybox: bytes) -> bytes:
-    """Return the archive of that user space."""
+def initramfs(busybox: bytes, programs: Mapping[str, bytes] | None = None) -> bytes:
+    """Return the archive of that user space, with more programs in the root directory."""
     return archive(
         {
             "init": INIT,
@@ -39,6 +40,7 @@ def initramfs(busybox: bytes) -> bytes:
             "sbin": None,
             "sbin/poweroff": _ENDING.format("poweroff").encode(),
             "sbin/reboot": _ENDING.format("reboot").encode(),
+            **(programs or {}),
         }
     )
 

@@ -55,7 +55,8 @@ def without_complaint(text, same=True):
     assert COMPLAINTS.findall(text) == []
     numbers = [n for n, _ in ticks(text)]
     assert numbers == list(range(numbers[0], numbers[0] + len(numbers)))
-    assert len({rest if same else rest.split()[-1] for _, rest in ticks(text)}) == 1
+    seen = {rest if same else rest.split()[-1] for _, rest in ticks(text)}
+    assert len(seen) == 1, seen
 
 
 def type_line(host, line):
@@ -73,12 +74,14 @@ def type_line(host, line):
 
 
 def do(host, command):
-    """Have the guest's user space do a line of shell, and wait until it has."""
-    before = told(host).count("\nDONE ")
+    """Have the guest's user space do a line of shell that must succeed; return what was said."""
+    before = len(told(host))
     type_line(host, b"do " + command.encode() + b"\n")
 
     def done():
         assert state(host) == "running", told(host)[-2000:]
-        return told(host).count("\nDONE ") > before
+        return re.search(r"^(.*?)^DONE (\d+)$", told(host)[before:], re.MULTILINE | re.DOTALL)
 
-    wait_for(done, PATIENCE_S)
+    found = wait_for(done, PATIENCE_S)
+    assert found[2] == "0", found[0]
+    return found[1]

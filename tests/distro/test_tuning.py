@@ -34,7 +34,8 @@ def test_memory(host, kernel, ramdisk, tmp_path):
     assert memory(host) == 144 * MIB
     set_memory(host, 224 * MIB)
     without_complaint(wait_for_ticks(host, int(re.findall(r"TICK (\d+)", ticked)[-1]) + 2))
-    do(host, "dd if=/dev/zero of=/filled bs=1M count=96 && rm /filled")
+    do(host, "mkdir /full && mount -t tmpfs -o size=100% none /full")
+    do(host, "dd if=/dev/zero of=/full/file bs=1M count=128 && umount /full")
     save(host, tmp_path / "img2")
     restore(host, tmp_path / "img2")
     assert memory(host) == 224 * MIB
