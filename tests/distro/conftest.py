@@ -7,6 +7,8 @@ one from Debian's archive.
 from __future__ import annotations
 
 import os
+import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -42,6 +44,36 @@ def ramdisk(directory, tmp_path_factory):
         pytest.skip(f"no static busybox in {directory}")
     path = tmp_path_factory.mktemp("ramdisk") / "initrd"
     path.write_bytes(initramfs((directory / "busybox").read_bytes()))
+    return str(path)
+
+
+@pytest.fixture(scope="session")
+def probes(tmp_path_factory):
+    """probe.c for 64 and for 32 bits: {name in the ramdisk: content}."""
+    compiler = shutil.which("gcc")
+    if compiler is None:
+        pytest.skip("no gcc")
+    directory = tmp_path_factory.mktemp("probes")
+    source = Path(__file__).with_name("probe.c")
+    flags = "-O1 -msse2 -mno-red-zone -nostdlib -static -fno-pie -no-pie -fno-stack-protector"
+    flags += " -fcf-protection=none -fno-asynchronous-unwind-tables"
+    built = {}
+    for bits in (64, 32):
+        out = directory / f"probe{bits}"
+        command = [compiler, f"-m{bits}", *flags.split(), "-o", str(out), str(source)]
+        subprocess.run(command, check=True, timeout=120)
+        built[out.name] = out.read_bytes()
+    return built
+
+
+@pytest.fixture(scope="module")
+def probing_ramdisk(directory, probes, tmp_path_factory):
+    """The ramdisk with the probes, and with a busybox of 32 bits if there is one."""
+    programs = dict(probes)
+    if (directory / "busybox32").is_file():
+        programs["busybox32"] = (directory / "busybox32").read_bytes()
+    path = tmp_path_factory.mktemp("ramdisk") / "initrd"
+    path.write_bytes(initramfs((directory / "busybox").read_bytes(), programs))
     return str(path)
 
 

@@ -37,6 +37,9 @@ class Crossings:
     def syscall(self) -> None:
         self.hv.syscall()
 
+    def sysenter(self) -> None:
+        self.hv.sysenter()
+
     def exception(self, vector: int, error_code: int) -> None:
         self.hv.exception(vector, error_code)
 

@@ -4,8 +4,9 @@ Unicorn's register calls cost microseconds each, and two things it does not expo
 needed at every exception: the #PF error code, and `old_exception`, which must be reset or the
 second fault becomes a double fault. So the CPU state structure of the pinned unicorn release is
 located in memory by writing a signature to eight registers, and checked. Layout of that release:
-16 general registers at 0, rip at 128, segments of 24 bytes at 184 (selector, base at +8), cr[] at
-424; error_code and old_exception lie at fixed distances before the reset values of dr6 and dr7.
+16 general registers at 0, rip at 128, hflags at 176, segments of 24 bytes at 184 (selector, base at
++8), cr[] at 424; error_code and old_exception lie at fixed distances before the reset values of dr6
+and dr7.
 
 A third thing is found in the engine itself: `no_exit_request`, made for ARM's IT blocks. While it
 is 0, the translator puts a look at "must I stop?" behind every memory access, in the middle of
@@ -30,6 +31,9 @@ FS_BASE = FS_SEL + 1
 GS_BASE = GS_SEL + 1
 CR2 = 440 >> 3
 CR3 = 448 >> 3
+#: A u32 among the state's `d` words: what the translator must know of the mode.
+HFLAGS = 176 >> 2
+HFLAG_CODE64 = 1 << 15
 
 # struct uc_context in front of the registers; then cpu_context_size, 4 bytes of padding, next_pc.
 _CONTEXT_HEADER_BYTES = 40

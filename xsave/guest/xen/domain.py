@@ -41,7 +41,7 @@ HYPERVISOR_VIRT_START = 0xFFFF_8000_0000_0000
 # Supervisor only: the emulator reads descriptors as the CPU does, the guest must not write them.
 _XEN_PTE = PTE_PRESENT | PTE_RW | PTE_ACCESSED | PTE_DIRTY
 # FLAT_RING1_CS32..FLAT_RING3_CS64 of xen/include/public/arch-x86/xen-x86_64.h
-_RESERVED_DESCRIPTORS = {
+RESERVED_DESCRIPTORS = {
     0xE019 >> 3: 0x00CFFB000000FFFF,
     0xE023 >> 3: 0x00CFFB000000FFFF,
     0xE02B >> 3: 0x00CFF3000000FFFF,
@@ -118,7 +118,7 @@ class Domain:
         mem = self.machine.mem
         mem[self._l3, 0] = (self._l2 << PAGE_SHIFT) | _XEN_PTE
         mem[self._l2, 0] = (self._l1 << PAGE_SHIFT) | _XEN_PTE
-        for selector_index, descriptor in _RESERVED_DESCRIPTORS.items():
+        for selector_index, descriptor in RESERVED_DESCRIPTORS.items():
             mem[self._reserved_gdt, selector_index - RESERVED_GDT_PAGE * 512] = descriptor
         for vcpu in self.vcpus:
             self._map_gdt(vcpu, [])

@@ -12,12 +12,15 @@ from typing import Any
 
 from xsave.guest.xen import guestmem
 from xsave.guest.xen.context import RFLAGS_IF, Vcpu
-from xsave.guest.xen.cpuregs import CS_SEL, GS_BASE, R11, RAX, RCX, RIP, RSP, SS_SEL
-from xsave.guest.xen.domain import Domain
+from xsave.guest.xen.cpuregs import CS_SEL, GS_BASE, GS_SEL, R11, RAX, RCX, RIP, RSP, SS_SEL
+from xsave.guest.xen.domain import RESERVED_DESCRIPTORS, RESERVED_GDT_PAGE, Domain
 from xsave.guest.xen.guestmem import GuestFault
 from xsave.guest.xen.vcpu import FLAT_RING3_CS64, FLAT_RING3_SS64, Cpu
 
 M64 = (1 << 64) - 1
+DESCRIPTOR_PRESENT = 1 << 47
+_DESCRIPTOR_LONG = 1 << 53
+_USUAL_CS64 = {FLAT_RING3_CS64 & ~3, 0x30}  # Xen's, and __USER_CS of Linux: every system call's
 _CLEARED_FLAGS = 0x54100  # AC RF NT TF
 _MASKED_ON_FRAME = 0x3200  # IOPL IF
 
@@ -72,6 +75,34 @@ class GuestCpu:
 
     def write(self, address: int, data: bytes) -> None:
         guestmem.write(self.tables, self.vcpu.cr3, address, data)
+
+    # -- segments ---
+
+    def descriptor(self, selector: int) -> int:
+        """Return the descriptor a selector names in the GDT, 0 if it names none that is present."""
+        index = selector >> 3
+        if index >= RESERVED_GDT_PAGE * 512:
+            return RESERVED_DESCRIPTORS.get(index, 0)
+        context = self.vcpu.context
+        if selector & 4 or index >= context.gdt_ents:
+            return 0
+        descriptor = self.tables.q[(context.gdt_frames[index >> 9] << 9) + (index & 511)]
+        return descriptor if descriptor & DESCRIPTOR_PRESENT else 0
+
+    def is_compat(self, cs: int) -> bool:
+        """True if this is a code segment of 32 bits."""
+        if cs & ~3 in _USUAL_CS64:
+            return False
+        return not self.descriptor(cs) & _DESCRIPTOR_LONG
+
+    def load_user_gs(self, selector: int) -> None:
+        """SEGBASE_GS_USER_SEL: the selector shows at once, its base is there in user mode."""
+        descriptor = self.descriptor(selector)
+        if not descriptor:
+            selector = 0
+        self.q[GS_SEL] = self.q[GS_SEL] & ~0xFFFF | selector
+        base = descriptor >> 16 & 0xFFFFFF | descriptor >> 32 & 0xFF000000
+        self.vcpu.context.gs_base_user = base
 
     # -- into the kernel ---
 

@@ -32,8 +32,10 @@ from xsave.guest.xen.guestmem import GuestFault
 from xsave.guest.xen.pagetable import PGT_L1
 from xsave.guest.xen.privop import emulate_privileged, emulate_rdtsc
 from xsave.guest.xen.ptwr import emulate_table_write
-from xsave.guest.xen.vcpu import CR4_OSXSAVE, Cpu
+from xsave.guest.xen.vcpu import CR4_OSXSAVE, FLAT_RING3_SS64, Cpu
+from xsave.public import VGCF_SYSCALL_DISABLES_EVENTS
 
+TRAP_DEBUG = 1
 TRAP_INVALID_OP, TRAP_GP_FAULT, TRAP_PAGE_FAULT = 6, 13, 14
 _WITH_ERROR_CODE = {8, 10, 11, 12, 13, 14, 17}
 _OPEN_GATES = {3, 4}  # int3 and into: Xen's own gates are open to all
@@ -44,8 +46,10 @@ _VGCF_IN_SYSCALL = 0x100
 _FORCED_EMULATION_CPUID = b"\x0f\x0bxen\x0f\xa2"
 VMASST_WRITABLE_PAGETABLES = 1 << 2
 _SYSCALL_BYTES = 2
-_CLEARED_FLAGS = 0x54100  # AC RF NT TF
-_MASKED_ON_FRAME = 0x3200  # IOPL IF
+_TWO_BYTE_OPCODE, _MAX_INSTRUCTION_BYTES = b"\x0f", 15
+_FLAT_RING3_CS32, _NULL_RING3 = 0xE023, 3
+_RFLAGS_TF = 1 << 8
+_DR6_DEFAULT, _DR6_SINGLE_STEP = 0xFFFF0FF0, 1 << 14
 
 #: A guest in virtual time is preempted by what it does, as real time must not matter to it.
 _VIRTUAL_PREEMPTION = 4096
@@ -66,6 +70,8 @@ class Hypervisor(GuestCpu):
         self._nr_steps = 0
         #: End a run as soon as it woke another vCPU: who sent an IPI often spins for the answer.
         self.hands_over = False
+        #: An iret set TF: the emulator raises #DB for that syscall instruction, too early.
+        self._begins_step = False
         self.nr_crossings = 0
 
     def power_on(self) -> None:
@@ -90,9 +96,10 @@ class Hypervisor(GuestCpu):
         """A `syscall` instruction: a hypercall, or the guest's user space calling its kernel."""
         self.nr_crossings += 1
         self.domain.clock.step()
-        q = self.q
+        q, skip = self.q, _SYSCALL_BYTES
         if not self.vcpu.in_kernel:
-            self._user_syscall()
+            skip = self._instruction_bytes()
+            self._user_syscall(skip)
         elif q[RAX] & 0xFFFFFFFF == _HYPERVISOR_IRET:
             self._iret()
         else:
@@ -102,7 +109,30 @@ class Hypervisor(GuestCpu):
             else:
                 self._call_again(self.continuation)
             self._flush()
-        self._leave(_SYSCALL_BYTES)
+        self._leave(skip)
+
+    def _instruction_bytes(self) -> int:
+        """The length of the syscall or sysenter at rip: user space may put prefixes before it."""
+        for nr in range(_MAX_INSTRUCTION_BYTES - 1):
+            if self.read((self.q[RIP] + nr) & M64, 1) == _TWO_BYTE_OPCODE:
+                return nr + _SYSCALL_BYTES
+        return _SYSCALL_BYTES
+
+    def sysenter(self) -> None:
+        """User space, 32-bit, calls its kernel; where it goes on only its kernel knows. The kernel
+        itself has no use for the instruction."""
+        self.nr_crossings += 1
+        self.domain.clock.step()
+        vcpu, extended = self.vcpu, self.vcpu.extended
+        address, skip = extended.sysenter_callback_eip, self._instruction_bytes()
+        if vcpu.in_kernel or not address:
+            self.bounce_trap(TRAP_GP_FAULT, 0, skip=skip)
+        else:
+            self.q[RIP], self.q[RSP] = -skip & M64, 0
+            self.cpu.set_selectors(_NULL_RING3, FLAT_RING3_SS64)
+            mask = bool(extended.sysenter_disables_events & 1)
+            self.bounce(address, None, mask=mask, skip=skip)
+        self._leave(skip)
 
     def call(self, nr: int, *args: int) -> int:
         """Dispatch one hypercall; also used by multicall."""
@@ -156,7 +186,8 @@ class Hypervisor(GuestCpu):
         for vcpu in domain.vcpus:
             if vcpu.timer_ns is not None and vcpu.timer_ns <= now:
                 domain.run_timers(now)
-        self._deliver(skip)
+        if self._deliver(skip):
+            self._begins_step = False
         over = self.kicked or domain.shutdown_reason is not None or now >= domain.clock.horizon_ns
         if over or (self.hands_over and self._woke_another()):
             self.cpu.stop()
@@ -169,12 +200,18 @@ class Hypervisor(GuestCpu):
         """A fault or trap in the guest."""
         if vector == TRAP_GP_FAULT and emulate_rdtsc(self, self.rdtsc):
             return
+        if vector == TRAP_DEBUG and self._begins_step:
+            self._begins_step = False
+            return
         self.nr_crossings += 1
         self.domain.clock.step()
         if vector == TRAP_PAGE_FAULT:
             self._page_fault(error_code)
         elif vector == TRAP_GP_FAULT and self.vcpu.in_kernel and emulate_privileged(self):
             pass
+        elif vector == TRAP_DEBUG:
+            self.vcpu.context.debugreg[6] = _DR6_DEFAULT | _DR6_SINGLE_STEP
+            self.bounce_trap(vector, None)
         else:
             self.bounce_trap(vector, error_code)
         self._flush()
@@ -246,8 +283,9 @@ class Hypervisor(GuestCpu):
 
     # -- frames ---
 
-    def bounce_trap(self, vector: int, error_code: int | None) -> None:
-        """Enter the guest's handler of an exception (pv_inject_event)."""
+    def bounce_trap(self, vector: int, error_code: int | None, skip: int = 0) -> None:
+        """Enter the guest's handler of an exception (pv_inject_event). skip: what the emulator
+        adds to rip after the hook; the frame names the instruction all the same."""
         entry = self.vcpu.traps.get(vector)
         if entry is None:
             self.domain.crash(
@@ -258,7 +296,8 @@ class Hypervisor(GuestCpu):
             return
         address, flags = entry
         code = error_code if vector in _WITH_ERROR_CODE else None
-        self.bounce(address, code, mask=bool(flags & _TI_DISABLE_EVENTS), skip=0)
+        self.q[RIP] = (self.q[RIP] - skip) & M64
+        self.bounce(address, code, mask=bool(flags & _TI_DISABLE_EVENTS), skip=skip)
 
     def _deliver(self, skip: int) -> bool:
         """Enter the event callback if an event is pending and not masked."""
@@ -274,13 +313,18 @@ class Hypervisor(GuestCpu):
         self.bounce(callback, None, mask=True, skip=skip)
         return True
 
-    def _user_syscall(self) -> None:
+    def _user_syscall(self, skip: int) -> None:
         """A system call of the guest's user space: what the CPU would do, then the callback."""
-        q, vcpu = self.q, self.vcpu
-        q[RCX] = (q[RIP] + _SYSCALL_BYTES) & M64
+        q, context, extended = self.q, self.vcpu.context, self.vcpu.extended
+        q[RCX] = (q[RIP] + skip) & M64
         q[R11] = self.cpu.rflags
-        mask = bool(vcpu.context.flags & 16)  # VGCF_syscall_disables_events
-        self.bounce(vcpu.context.syscall_callback_eip, None, mask=mask, skip=_SYSCALL_BYTES)
+        address = context.syscall_callback_eip
+        mask = bool(context.flags & VGCF_SYSCALL_DISABLES_EVENTS)
+        if self.cpu.compat and extended.syscall32_callback_eip:
+            address = extended.syscall32_callback_eip
+            mask = bool(extended.syscall32_disables_events & 1)
+            self.cpu.set_selectors(_FLAT_RING3_CS32, FLAT_RING3_SS64)
+        self.bounce(address, None, mask=mask, skip=skip)
 
     def _iret(self) -> None:
         """HYPERVISOR_iret: the frame the guest's stub left on its stack."""
@@ -299,9 +343,11 @@ class Hypervisor(GuestCpu):
                 cpu.stop()
                 return
             self.toggle(False)
+        self._begins_step = bool(rflags & _RFLAGS_TF)
         vcpu.info.evtchn_upcall_mask = 0 if rflags & RFLAGS_IF else 1
         cpu.rflags = rflags & RFLAGS_LIVE | RFLAGS_IF | 2
-        cpu.set_selectors(cs & 0xFFFF | 3, ss & 0xFFFF | 3)
+        compat = cs & 3 == 3 and self.is_compat(cs & 0xFFFF)
+        cpu.set_selectors(cs & 0xFFFF | 3, ss & 0xFFFF | 3, compat=compat)
         q[RAX], q[RSP] = rax, rsp
         if not flags & _VGCF_IN_SYSCALL:
             q[R11], q[RCX] = r11, rcx

@@ -3,13 +3,14 @@
 The emulator's physical memory is the machine's memory, so cr3 and page-table entries hold real
 mfns and the emulator's own MMU walks them, sets A/D bits and faults. The guest kernel runs at
 CPL 3 as under Xen; `syscall` is the door to the hypercalls, every other crossing is an exception.
-This module knows instructions and registers, not hypercalls: it calls the five methods of the
-`handler` it is given (syscall, exception, software_interrupt, invalid_opcode, cpuid).
+This module knows instructions and registers, not hypercalls: it calls the methods of the `handler`
+it is given (syscall, sysenter, exception, software_interrupt, invalid_opcode, cpuid).
 
 Facts that cost hours, and where they show here:
 * cs/ss/cpl are set once by a sysretq at CPL 0 (`_enter_cpl3`); later selector writes change the
-  visible selector only;
-* a syscall hook returns to rip + 2, an exception hook to the rip it left (`resume_at`);
+  visible selector only. That code is 64-bit is one flag (`compat`): all else of compatibility mode,
+  flat segments and their 32 bits, is there in 64-bit mode already;
+* a syscall or sysenter hook returns to rip + 2, an exception hook to the rip it left (`resume_at`);
 * of the instruction hooks only the first one, syscall, is called for sure: the emulator leaves the
   list as soon as a stop is wanted, also by another thread. A lost rdtsc hook would show the guest
   the host's TSC now and then: cr4.TSD makes the instruction fault instead, as Xen can do too;
@@ -90,6 +91,7 @@ class Handler(Protocol):
     """What the hypervisor does at each crossing. Registers are in `cpu.q`."""
 
     def syscall(self) -> None: ...
+    def sysenter(self) -> None: ...
     def exception(self, vector: int, error_code: int) -> None: ...
     def software_interrupt(self, vector: int) -> None: ...
     def invalid_opcode(self) -> bool: ...
@@ -165,6 +167,9 @@ class Cpu:
         )
         uc.hook_add(UC_HOOK_INTR, on_exception)
         uc.hook_add(UC_HOOK_INSN_INVALID, on_invalid)
+        uc.hook_add(
+            UC_HOOK_INSN, lambda _uc, _d: handler.sysenter(), None, 1, 0, x86.UC_X86_INS_SYSENTER
+        )
         uc.hook_add(UC_HOOK_INSN, on_cpuid, None, 1, 0, x86.UC_X86_INS_CPUID)
         uc.hook_add(UC_HOOK_INSN, on_in, None, 1, 0, x86.UC_X86_INS_IN)
 
@@ -228,7 +233,7 @@ class Cpu:
         uc.reg_write(x86.UC_X86_REG_R11, 0x202)
         uc.ctl_flush_tb()
         uc.emu_start(base, base + 3)
-        if uc.reg_read(x86.UC_X86_REG_CS) != FLAT_RING3_CS64:
+        if uc.reg_read(x86.UC_X86_REG_CS) != FLAT_RING3_CS64 or self.compat:
             raise EmulatorFault("the emulator did not reach CPL 3")
 
     # -- running ---
@@ -292,8 +297,18 @@ class Cpu:
         """Forget the translations of one page: invlpg."""
         _direct.tlb_flush_page_x86_64(self._cpu, address)
 
-    def set_selectors(self, cs: int, ss: int) -> None:
-        q = self.q
+    @property
+    def compat(self) -> bool:
+        """True in compatibility mode: 32-bit code of user space."""
+        return not self.state.d[cpuregs.HFLAGS] & cpuregs.HFLAG_CODE64
+
+    def set_selectors(self, cs: int, ss: int, *, compat: bool = False) -> None:
+        """Set what cs and ss read as, and which code runs from here on (seen at the next block)."""
+        q, d = self.q, self.state.d
+        if compat:
+            d[cpuregs.HFLAGS] &= ~cpuregs.HFLAG_CODE64
+        else:
+            d[cpuregs.HFLAGS] |= cpuregs.HFLAG_CODE64
         q[cpuregs.CS_SEL] = (q[cpuregs.CS_SEL] & ~0xFFFF) | cs
         q[cpuregs.SS_SEL] = (q[cpuregs.SS_SEL] & ~0xFFFF) | ss
 

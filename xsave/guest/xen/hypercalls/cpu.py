@@ -127,7 +127,7 @@ def set_segment_base(hv: Hypervisor, vcpu: Vcpu, which: int, base: int, *_: int)
     elif which == _SEGBASE_GS_KERNEL:
         hv.q[GS_BASE] = base
     elif which == _SEGBASE_GS_USER_SEL:
-        vcpu.context.gs_base_user = 0
+        hv.load_user_gs(base & 0xFFFF)
     else:
         return -errno.EINVAL
     return 0
