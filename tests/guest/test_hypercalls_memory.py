@@ -10,6 +10,7 @@ import pytest
 
 from tests.guest.calling import ARGS, M2P, OUT, UNKNOWN, call
 from tests.guest.rig import READ_ONLY
+from xsave.frames import INVALID_M2P_ENTRY
 
 pytestmark = pytest.mark.usefixtures("asking")
 
@@ -22,7 +23,7 @@ def test_memory_is_not_what_the_machine_has(guest):
     assert call(guest, 12, 12, guest.va(OUT)) == 0
     mapping = struct.unpack("<QQQ", guest.peek(OUT, 0, 24))
     assert mapping == (M2P, 0xFFFF_8040_0000_0000, 0x7_FFFF_FFFF)
-    for command in (0, 5, 13, 63):
+    for command in (5, 13, 63):
         assert call(guest, 12, command, guest.va(OUT)) == UNKNOWN
 
 
@@ -77,6 +78,22 @@ def test_frames_are_asked_for(guest):
     assert machine.m2p[mfns].tolist() == [100, 200]
     assert guest.peek(OUT, 16, 8) == struct.pack("<Q", 300)
     assert reservation(guest, 6, [400]) == 0
-    machine.allocate(3, machine.free_frames())
-    domain.max_pages += 1
-    assert reservation(guest, 6, [400]) == 0
+    machine.allocate(3, machine.free_frames() - 1)
+    domain.max_pages += 4
+    assert reservation(guest, 6, [400, 500, 600]) == 1
+    assert machine.m2p[struct.unpack("<Q", guest.peek(OUT, 0, 8))[0]] == 400
+    assert guest.peek(OUT, 8, 8) == struct.pack("<Q", 500)
+    assert reservation(guest, 6, [500]) == 0
+
+
+def test_frames_without_a_place(guest):
+    """increase_reservation gives frames that are no pfn's, and tells which if it is asked to."""
+    domain, machine = guest.domain, guest.machine
+    domain.max_pages = before = domain.nr_pages() + 3
+    assert reservation(guest, 0, [0, 0], start=1) == 2
+    (mfn,) = struct.unpack("<Q", guest.peek(OUT, 8, 8))
+    assert machine.owner[mfn] == 1
+    assert machine.m2p[mfn] == INVALID_M2P_ENTRY
+    assert guest.peek(OUT, 0, 8) == bytes(8)
+    assert reservation(guest, 0, [0, 0, 0]) == 2
+    assert domain.nr_pages() == before

@@ -44,7 +44,7 @@ def memory_op(hv: Hypervisor, vcpu: Vcpu, command: int, argument: int, *_: int) 
         return 0
     if command == _MEMORY_MAP:
         return _memory_map(hv, argument)
-    if command in (_DECREASE, _POPULATE_PHYSMAP):
+    if command in (_INCREASE, _DECREASE, _POPULATE_PHYSMAP):
         return _reservation(hv, command, argument, start)
     return -errno.ENOSYS
 
@@ -64,6 +64,8 @@ def _reservation(hv: Hypervisor, command: int, argument: int, start: int) -> int
     extents, nr, order, _flags, _domid = struct.unpack("<QQIIH", hv.read(argument, 26))
     if order or nr > _MAX_EXTENTS or start > nr:
         return start
+    if command == _INCREASE:
+        return start + _increase(hv, nr - start, extents and extents + 8 * start)
     frames = list(struct.unpack(f"<{nr}Q", hv.read(extents, 8 * nr)))
     if command == _DECREASE:
         return start + _decrease(hv, frames[start:])
@@ -85,17 +87,29 @@ def _decrease(hv: Hypervisor, mfns: list[int]) -> int:
 
 
 def _populate(hv: Hypervisor, pfns: list[int], extents: int) -> int:
-    """Put fresh frames behind the pfns, within the domain's maximum."""
-    domain = hv.domain
-    room = max(domain.max_pages - domain.nr_pages(), 0)
-    pfns = pfns[:room]
-    try:
-        mfns = domain.allocate(len(pfns)) if pfns else np.empty(0, np.uint64)
-    except OutOfFrames:
-        return 0
-    domain.machine.m2p[mfns] = np.array(pfns, np.uint64)
+    """Put fresh frames behind the pfns, as many as there are."""
+    mfns = _take(hv, len(pfns))
+    hv.domain.machine.m2p[mfns] = np.array(pfns[: len(mfns)], np.uint64)
     hv.write(extents, mfns.tobytes())
-    return len(pfns)
+    return len(mfns)
+
+
+def _increase(hv: Hypervisor, nr: int, extents: int) -> int:
+    """Give fresh frames that are nobody's pfn yet, as many as there are; extents may be NULL."""
+    mfns = _take(hv, nr)
+    if extents:
+        hv.write(extents, mfns.tobytes())
+    return len(mfns)
+
+
+def _take(hv: Hypervisor, nr: int) -> np.ndarray:
+    """Take up to nr frames: what the domain's maximum and the host have room for."""
+    domain = hv.domain
+    room = min(domain.max_pages - domain.nr_pages(), domain.machine.free_frames())
+    try:
+        return domain.allocate(max(min(nr, room), 0))
+    except OutOfFrames:  # another domain was faster
+        return np.empty(0, np.uint64)
 
 
 HYPERCALLS = {12: memory_op}
