@@ -9,13 +9,15 @@ _HEADER = "070701" + "{:08x}" * 13
 _DIRECTORY, _PROGRAM = stat.S_IFDIR | 0o755, stat.S_IFREG | 0o755
 
 #: One tick a second: the processors there are, and a hash that is computed anew by children.
-#: What is typed on the console meanwhile is done ("do" and a line of shell).
+#: What is typed on the console meanwhile is done ("do" and a line of shell), not echoed into the
+#: middle of a line of output.
 INIT = b"""#!/busybox sh
 /busybox mkdir -p /bin /sbin /proc /sys /dev
 /busybox --install -s /bin
 mount -t proc none /proc
 mount -t sysfs none /sys
 mount -t devtmpfs none /dev
+stty -echo
 n=0
 while :; do
     n=$((n + 1))

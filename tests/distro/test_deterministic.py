@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from tests.distro.linux import MIB, boot, ticks, type_line, without_complaint
-from tests.flows.flow import nothing_is_left, restore
+from tests.distro.linux import MIB, PATIENCE_S, boot, ticks, told, type_line, without_complaint
+from tests.flows.flow import nothing_is_left, restore, wait_for
 from tests.flows.series import save_said
 from xsave.host.host import add_host
 
@@ -30,6 +30,7 @@ def story(host, kernel, ramdisk, directory, vcpus):
     boot(host, kernel, ramdisk, vcpus=vcpus, deterministic=5)
     run_on(host)
     type_line(host, b"echo one two\n")
+    wait_for(lambda: "heard  one two" in told(host), PATIENCE_S)
     first = saved(host, directory / "first")
     without_complaint(first)
     assert len(ticks(first)) > 3
