@@ -105,7 +105,7 @@ def set_memory(host, size):
 
 def wait_for_cpus(host, number):
     """Wait until user space and Xen both see so many processors, and the kernel no fault."""
-    line = re.compile(rf"^TICK \d+ cpus={number} ", re.MULTILINE)
+    line = re.compile(rf"^TICK \d+ cpus={number} [0-9a-f]+\n", re.MULTILINE)
     wait_for(lambda: line.search(told(host)), PATIENCE_S)
     wait_for(lambda: info(host).online_vcpus == number, PATIENCE_S)
     without_complaint(told(host), same=False)

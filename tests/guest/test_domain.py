@@ -101,6 +101,26 @@ def test_the_console_ring_is_served(ringed):
     assert ringed.peek(CONSOLE, 3076, 4) == words(1500)
 
 
+def test_who_types_too_much_is_told(ringed):
+    """64 KiB wait for a guest that does not read, all of what was typed is there in the end, and
+    who was told to wait is called once when there is room."""
+    console, called = ringed.domain.console, []
+    console.on_room = lambda: called.append(1)
+    assert console.type(b"a" * 65535)
+    assert not console.type(b"b" * 1025)
+    console.drain()  # the ring takes 1024
+    assert not called
+    page, at = ringed.domain.console.page, 3072
+    read = 0
+    while console._input:
+        page[at : at + 4] = page[at + 4 : at + 8]  # the guest has read all
+        console.drain()
+        read += 1
+    assert called == [1]
+    assert read == 64
+    assert console.type(b"c")
+
+
 @pytest.mark.parametrize("cons", [0, 2047, 0xFFFFFFF0])
 def test_the_console_ring_wraps(ringed, cons):
     """Indices run freely modulo 2^32; the text is that of the ring, in order."""

@@ -8,6 +8,7 @@ import time
 
 import pytest
 
+from tests.flows.flow import wait_for
 from xsave.guest.xen.wire import receive_message, send_message
 from xsave.host.control import Control, Ticker
 from xsave.host.operations import Operations
@@ -58,6 +59,44 @@ def test_what_is_typed_at_once_is_console_input(control, monkeypatch):
         operations.op_console(request)
         control.console_output(b"# ")
         assert sock.recv(2) == b"# "
+
+
+def test_a_paste_of_any_size(control):
+    """Who types more than the guest takes waits, and nothing is lost: all of it arrives, in order,
+    as the guest makes room; output goes on meanwhile."""
+    taken, room = bytearray(), threading.Semaphore(3)
+
+    def take(data):
+        taken.extend(data)
+        return room.acquire(blocking=False)
+
+    control.on_input = take
+    paste = bytes(range(256)) * 8192
+    sock, client = attach(control)
+    sender = threading.Thread(target=lambda: (sock.sendall(paste), sock.shutdown(socket.SHUT_WR)))
+    sender.start()
+    wait_for(lambda: client.full)
+    assert len(taken) < len(paste)
+    control.console_output(b"# ")
+    assert sock.recv(2) == b"# "
+    while len(taken) < len(paste):
+        room.release()
+        control.resume_input()
+    assert bytes(taken) == paste
+    sender.join(10)
+    sock.close()
+
+
+def attach(control):
+    """A console connection, and what the control socket knows of it."""
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    sock.settimeout(10)
+    sock.connect(control.address)
+    send_message(sock, {"op": "console"})
+    request = wait_for(control.next_request)
+    Operations(Running(control)).op_console(request)
+    assert receive_message(sock) == ({}, b"")
+    return sock, request.client
 
 
 def test_a_ticker_leaves_a_guest_alone_that_rests():

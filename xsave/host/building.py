@@ -105,6 +105,7 @@ class Building:
         )
         domain.console.listeners.append(running.control.console_output)
         domain.console.holds_input = clock.virtual
+        domain.console.on_room = running.control.resume_input
         running.hypervisor = Hypervisor(domain, table())
         return domain
 

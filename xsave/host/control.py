@@ -30,11 +30,13 @@ _REQUEST_TIMEOUT_S = 30.0
 @dataclass(eq=False)
 class Client:
     """One connection. `console` is set once it became a raw console stream; `typing` a moment
-    before, while its owner may not have heard of that yet: what comes in is console input then."""
+    before, while its owner may not have heard of that yet: what comes in is console input then.
+    full: the guest does not read what was typed, so that nothing more is taken."""
 
     sock: socket.socket
     console: bool = False
     typing: bool = False
+    full: bool = False
     outbox: bytearray = field(default_factory=bytearray)
 
 
@@ -53,13 +55,15 @@ class Control:
 
     def __init__(self, listener: socket.socket) -> None:
         self._listener = listener
-        self.on_input: Callable[[bytes], None] = lambda data: None
+        #: Takes console input; False if no more may come until resume_input().
+        self.on_input: Callable[[bytes], bool] = lambda data: True
         self._selector = selectors.DefaultSelector()
         self._requests: deque[Request] = deque()
         self._clients: list[Client] = []
         self.wake_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._own_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._outbox: deque[bytes] = deque()
+        self._room = False
 
     def start(self) -> None:
         threading.Thread(target=self._serve, name="control", daemon=True).start()
@@ -86,6 +90,11 @@ class Control:
     def console_output(self, data: bytes) -> None:
         """Guest output, for every attached console."""
         self._outbox.append(data)
+        os.eventfd_write(self._own_fd, 1)
+
+    def resume_input(self) -> None:
+        """The guest has read: take console input again."""
+        self._room = True
         os.eventfd_write(self._own_fd, 1)
 
     def drain(self, seconds: float) -> None:
@@ -155,13 +164,19 @@ class Control:
         except OSError:
             data = b""
         if data:
-            self.on_input(data)
+            client.full = not self.on_input(data)
+            self._watch(client)
             self.wake()
         else:
             self._drop(client)
 
     def _distribute(self) -> None:
         os.eventfd_read(self._own_fd)
+        if self._room:
+            self._room = False
+            for client in [c for c in self._clients if c.full]:
+                client.full = False
+                self._watch(client)
         while self._outbox:
             data = self._outbox[0]
             for client in [c for c in self._clients if c.console]:
@@ -178,9 +193,16 @@ class Control:
         except OSError:
             self._drop(client)
             return
-        events = selectors.EVENT_READ | (selectors.EVENT_WRITE if client.outbox else 0)
+        self._watch(client)
+
+    def _watch(self, client: Client) -> None:
+        """Listen to a connection, unless it is full, and write to it if there is something."""
+        events = 0 if client.full else selectors.EVENT_READ
+        events |= selectors.EVENT_WRITE if client.outbox else 0
         with contextlib.suppress(KeyError):
-            self._selector.modify(client.sock, events, client)
+            self._selector.unregister(client.sock)
+        if events:
+            self._selector.register(client.sock, events, client)
 
 
 class Ticker:

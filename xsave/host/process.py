@@ -61,9 +61,8 @@ class DomainProcess:
 
     # -- called by other threads ---
 
-    def _type(self, data: bytes) -> None:
-        if self.running.built:
-            self._domain.console.type(data)
+    def _type(self, data: bytes) -> bool:
+        return not self.running.built or self._domain.console.type(data)
 
     def _crossings(self) -> int:
         return self.running.xen.nr_crossings if self.running.built else 0

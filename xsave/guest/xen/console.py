@@ -15,7 +15,8 @@ _IN_BYTES, _OUT_BYTES = 1024, 2048
 _IN, _OUT, _INDICES = 0, 1024, 3072
 #: The log lives in the host's RAM: it keeps the newest part of what a guest ever said.
 LOG_LIMIT_BYTES = 4 << 20
-_MAX_TYPED_BYTES = 64 << 10
+#: So much input may wait for a guest that does not read; what is more waits with who types.
+_ENOUGH_TYPED_BYTES = 64 << 10
 
 
 class Console:
@@ -26,6 +27,8 @@ class Console:
         self._fd = os.open(log_path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
         self.page: memoryview | None = None
         self.listeners: list[Callable[[bytes], None]] = []
+        #: Called when there is room for input again after type() said that there is none.
+        self.on_room: Callable[[], None] = lambda: None
         #: Whether input waits for release(), instead of reaching the guest at once.
         self.holds_input = False
         self._input = bytearray()
@@ -71,20 +74,26 @@ class Console:
         chunk = bytes(self._input[: max(room, 0)])
         for i, byte in enumerate(chunk):
             page[_IN + (in_prod + i) % _IN_BYTES] = byte
+        was_full = len(self._input) >= _ENOUGH_TYPED_BYTES
         del self._input[: len(chunk)]
+        if was_full and len(self._input) < _ENOUGH_TYPED_BYTES:
+            self.on_room()
         struct.pack_into("<I", page, _INDICES + 4, (in_prod + len(chunk)) & 0xFFFFFFFF)
         return bool(chunk)
 
-    def type(self, data: bytes) -> None:
-        """Queue keyboard input (at most 64 KiB wait for a guest that does not read)."""
+    def type(self, data: bytes) -> bool:
+        """Queue keyboard input. False if this is enough until on_room() is called."""
         queue = self._typed if self.holds_input else self._input
-        queue += data[: max(_MAX_TYPED_BYTES - len(queue), 0)]
+        queue += data
+        return len(queue) < _ENOUGH_TYPED_BYTES
 
     def release(self) -> bool:
         """Let the guest have what was typed so far. True if there was anything."""
         nr = len(self._typed)  # another thread may add to it
         self._input += self._typed[:nr]
         del self._typed[:nr]
+        if nr >= _ENOUGH_TYPED_BYTES > len(self._input):
+            self.on_room()
         return nr > 0
 
     def close(self) -> None:
