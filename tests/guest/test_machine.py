@@ -94,7 +94,7 @@ def test_a_machine_that_is_not_there_is_a_storage_error(tmp_path):
 @settings(max_examples=25)
 @given(
     seed=st.integers(0, (1 << 63) - 1),
-    sizes=st.lists(st.integers(0, 700), min_size=1, max_size=6),
+    sizes=st.lists(st.integers(0, 500), min_size=1, max_size=6),  # of 3072 frames
     freed=st.sets(st.integers(1, 6)),
 )
 def test_allocations_are_disjoint(module_machine, seed, sizes, freed):

@@ -23,7 +23,7 @@ def test_the_target_of_a_balloon_is_in_xenstore(xsave_home, tmp_path, target):
         domid=1,
         name="g",
         directory=tmp_path,
-        control=SimpleNamespace(console_output=print),
+        control=SimpleNamespace(console_output=print, resume_input=print),
         disk_done=print,
         forget_code=print,
     )
