@@ -6,7 +6,6 @@ one from Debian's archive.
 
 from __future__ import annotations
 
-import os
 import shutil
 import subprocess
 from pathlib import Path
@@ -15,14 +14,8 @@ import pytest
 
 from tests.conftest import directory_named_by
 from tests.distro.initramfs import initramfs
-from tests.distro.linux import MIB
+from tests.distro.linux import MIB, kernels
 from xsave.host.host import add_host
-
-
-def kernels():
-    """Return the kernels there are to test, none if there is no directory."""
-    directory = Path(os.environ.get("XSAVE_DISTRO_KERNELS", "/nonexistent"))
-    return sorted(path.name for path in directory.glob("vmlinuz-*")) or ["none"]
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+from pathlib import Path
 
 from tests.flows.flow import MIB, console, state, wait_for
 from xsave.host.create import create
@@ -14,6 +16,12 @@ COMPLAINTS = re.compile(
     r"BUG:|Oops|WARNING:|Call Trace|detected stall|Kernel panic|general protection|segfault"
     r"|W\+X.*FAILED"
 )
+
+
+def kernels():
+    """Return the kernels there are to test, none if there is no directory."""
+    directory = Path(os.environ.get("XSAVE_DISTRO_KERNELS", "/nonexistent"))
+    return sorted(path.name for path in directory.glob("vmlinuz-*")) or ["none"]
 
 
 def boot(host, kernel, ramdisk, **options):

@@ -18,8 +18,7 @@ import pytest
 
 from tests.conftest import directory_named_by
 from tests.distro.initramfs import archive
-from tests.distro.conftest import kernels
-from tests.distro.linux import PATIENCE_S, ticks, told, wait_for_ticks
+from tests.distro.linux import PATIENCE_S, kernels, ticks, told, wait_for_ticks
 from tests.distro.linux import without_complaint as kernel_is_content
 from tests.flows.flow import nothing_is_left, restore, save, state, wait_for
 from tests.host.test_qcow2 import blank
