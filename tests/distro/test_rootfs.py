@@ -157,6 +157,7 @@ def test_debian_lives_on_its_disk(hosts, guest, tmp_path):
     with Terminal(here) as terminal:
         terminal.log_in()
         assert terminal.run("cat /proc/1/comm") == "systemd\n"
+        assert terminal.run("sh -c 'readlink /proc/$$/exe'") == "/usr/bin/dash\n"
         assert terminal.run("findmnt -no SOURCE /") == "/dev/xvda\n"
         terminal.run("systemctl is-system-running --wait")
         assert terminal.run("systemctl --failed --no-legend | cat") == ""
