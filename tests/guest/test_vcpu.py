@@ -274,7 +274,7 @@ def test_a_refused_state_never_reaches_the_guest(guest, name):
 
 def test_the_cpu_object_is_not_what_lies_before_it():
     """Something the engine points to may lie so closely before its CPU object that the pointer to
-    the state seems to be in it, too: the CPU object is the one nearest to its state."""
+    the state seems to be in it, too: the CPU object is the one that has it at its place."""
     signature = bytes(range(64))
     memory = ctypes.create_string_buffer(1 << 18)
     base = ctypes.addressof(memory) + 15 & ~15

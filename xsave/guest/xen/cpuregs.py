@@ -42,7 +42,8 @@ _DR_RESET = struct.pack("<QQ", 0xFFFF0FF0, 0x400)
 _STOP_FLAGS = (b"\0\0\0\x01", b"\0\x01\0\x01")
 _STATE_BYTES = 16384
 _SCAN_ENGINE = 8192
-_SCAN_CPU = 65536
+#: Where the CPU object has its pointer to the state (CPUState.env_ptr).
+_STATE_POINTER = 296
 
 
 class UnsupportedEmulator(XsaveError):
@@ -61,21 +62,21 @@ def locate(engine: int, signature: bytes) -> tuple[int, int]:
     `signature`, two pointers away from the engine handle. /proc/self/mem makes a wrong guess an
     error instead of a crash.
 
-    What lies before the CPU object in memory may seem to contain the pointer to the structure as
-    well, so of all that do the last one is it."""
+    Other objects of the engine's may lead to the state too; it is the CPU object that has the
+    pointer at its place, and one alone may. Raises UnsupportedEmulator."""
     fd = os.open("/proc/self/mem", os.O_RDONLY | os.O_CLOEXEC)
     try:
         found = [
             (cpu, state)
             for cpu in set(_pointers(_read(fd, engine, _SCAN_ENGINE)))
-            for state in _pointers(_read(fd, cpu, _SCAN_CPU) or _read(fd, cpu, 4096))
+            for state in _pointers(_read(fd, cpu + _STATE_POINTER, 8))
             if cpu <= state < cpu + 0x40000 and _read(fd, state, len(signature)) == signature
         ]
     finally:
         os.close(fd)
-    if not found:
+    if len(found) != 1:
         raise UnsupportedEmulator("this unicorn keeps its CPU state elsewhere (2.1.4 is known)")
-    return max(found)
+    return found[0]
 
 
 def locate_stop_flag(engine: int, context_bytes: int) -> int:
