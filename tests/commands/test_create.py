@@ -54,10 +54,15 @@ def test_what_overrides_what(xsave, host, config):
 
 def test_a_wrong_file(xsave, host, config):
     """An error has its place, and nothing was made."""
-    config.write_text(CONFIG + "disk = ['/x,raw,xvda,rw']\n")
+    config.write_text(CONFIG + "pci = ['01:00.0']\n")
     result = xsave("create", config)
     assert result.code == 2
-    assert f"{config}:8:1: disk: domains have no block devices yet" in result.err
+    assert f"{config}:8:1: pci: there are no PCI devices to pass through" in result.err
+    assert host.domains() == []
+    config.write_text(CONFIG + "disk = ['/no/such/disk,raw,xvda,rw']\n")
+    result = xsave("create", config)
+    assert result.code == 7
+    assert "/no/such/disk" in result.err
     assert host.domains() == []
     config.write_text("name='x'\nmemory=[\n")
     assert f"{config}:3:1: expected" in xsave("create", config).err

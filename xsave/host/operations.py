@@ -203,13 +203,14 @@ class Operations:
         return self.op_info(request)  # before the guest's first instruction, which takes a moment
 
     def _check_alive(self) -> None:
-        """Raise GuestStateError if there is nobody to ask."""
-        if self._domain.shutdown_reason is not None:
+        """Raise GuestStateError if there is nobody to ask, now or when it goes on."""
+        if self._domain.shutdown_reason not in (None, SHUTDOWN_SUSPEND):
             raise GuestStateError(f"the domain is {self._state(self._domain)}")
 
     def op_shutdown(self, request: Request) -> Answer:
         domain = self._domain
-        self._check_alive()
+        if domain.shutdown_reason is not None:
+            raise GuestStateError(f"the domain is {self._state(domain)}")
         domain.clock.extend()
         domain.store.write(f"{domain.home}/control/shutdown", str(request.arguments["reason"]))
         domain.serve_store()
