@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import errno
 import os
-import secrets
-import tempfile
 from pathlib import Path
 
 _WITHOUT_A_NAME = os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC
@@ -45,6 +43,8 @@ class NewFile:
         except OSError as error:
             if error.errno not in _NOT_HERE:
                 raise
+            import tempfile  # 5 ms that hardly any save needs
+
             fd, name = tempfile.mkstemp(prefix=self._prefix(), dir=self._target.parent)
             self._temporary = Path(name)
         os.fchmod(fd, 0o600)  # whatever the umask
@@ -69,7 +69,7 @@ class NewFile:
 
     def _replace(self) -> None:
         while not self._temporary:
-            path = self._target.with_name(f"{self._prefix()}{secrets.token_hex(4)}")
+            path = self._target.with_name(f"{self._prefix()}{os.urandom(4).hex()}")
             if self._link(path):
                 self._temporary = path
         self._temporary.replace(self._target)
