@@ -15,7 +15,15 @@ from pathlib import Path
 
 import numpy as np
 
-from xsave.frames import PAGE_SHIFT, PTE_ACCESSED, PTE_DIRTY, PTE_PRESENT, PTE_RW, PTE_USER
+from xsave.frames import (
+    PAGE_SHIFT,
+    PAGE_SIZE,
+    PTE_ACCESSED,
+    PTE_DIRTY,
+    PTE_PRESENT,
+    PTE_RW,
+    PTE_USER,
+)
 from xsave.guest.xen import builder, cpuregs, elf
 from xsave.guest.xen import machine as xen_machine
 from xsave.guest.xen.cpuregs import RIP, RSP
@@ -146,10 +154,12 @@ class Guest:
         return VA + (page << PAGE_SHIFT) + offset
 
     def poke(self, page: int, offset: int, data: bytes) -> None:
-        """Write a plain page behind the guest's back."""
-        self.machine.pages[self.frames[page], offset : offset + len(data)] = np.frombuffer(
-            data, np.uint8
-        )
+        """Write plain pages behind the guest's back."""
+        room = PAGE_SIZE - offset
+        here = np.frombuffer(data[:room], np.uint8)
+        self.machine.pages[self.frames[page], offset : offset + here.size] = here
+        if data[room:]:
+            self.poke(page + 1, 0, data[room:])
 
     def peek(self, page: int, offset: int, nr: int) -> bytes:
         return self.machine.pages[self.frames[page], offset : offset + nr].tobytes()
@@ -177,6 +187,12 @@ class Guest:
     def run(self, code: bytes, *, offset: int = 0, page: int = 0, **registers: int) -> int:
         """Run code from page 0 until it reaches its end or a handler; return where it stopped,
         -1 if it stopped elsewhere. Registers by the names of cpuregs."""
+        self.start(code, offset=offset, page=page, **registers)
+        self.hv.run()
+        return self.hv.stopped_at
+
+    def start(self, code: bytes, *, offset: int = 0, page: int = 0, **registers: int) -> None:
+        """Put code in its place and go there, without running it."""
         if not self.hv.powered:
             self.power_on()
         end = self.va(page, offset + len(code))
@@ -190,8 +206,6 @@ class Guest:
         self.hv.stops = self.stops | {end}
         self.hv.stopped_at = -1
         self.domain.clock.extend()
-        self.hv.run()
-        return self.hv.stopped_at
 
     def frame_at(self, address: int) -> int:
         return self.frames[(address - VA) >> PAGE_SHIFT]

@@ -9,11 +9,14 @@ import time
 import pytest
 
 from tests.guest.rig import MIB, Guest
-from xsave.guest.xen import cpuregs
+from xsave.guest.xen import cpuregs, stops, vcpu
+from xsave.guest.xen.blocks import Blocks
 from xsave.guest.xen.cpuregs import R12, RSP, UnsupportedEmulator
 
 DATA, OTHER_CODE = 4, 5
 SLICES = 60
+#: An interrupted run ends within milliseconds; machines can be busy.
+PATIENCE_S = 5
 #: Each changes memory by what it finds there: done twice, it shows. rdi points at the counters.
 READ_AND_WRITE = bytes.fromhex(
     "48830701"  # add qword [rdi], 1
@@ -41,26 +44,50 @@ def guest(machines):
     return guest
 
 
+class Interrupter:
+    """Another thread that ends the runs of a guest, one after the other, as the domain process's
+    ticker does: never between two."""
+
+    def __init__(self, guest):
+        self.guest = guest
+        self.running = threading.Event()
+        self.lock = threading.Lock()
+        self.over = False
+
+    def __enter__(self):
+        self.thread = threading.Thread(target=self.serve)
+        self.thread.start()
+        return self
+
+    def __exit__(self, *_):
+        self.over = True
+        self.running.set()
+        self.thread.join()
+
+    def serve(self):
+        while not self.over:
+            self.running.wait()
+            time.sleep(0.0003)
+            with self.lock:
+                if self.running.is_set() and not self.over:
+                    self.guest.hv.interrupt()
+
+    def run(self):
+        """Run until interrupted, or stopped by the guest."""
+        self.running.set()
+        self.guest.hv.run()
+        with self.lock:
+            self.running.clear()
+
+
 def run_with_stops(guest, code, **registers):
     """Run to the end, stopped again and again meanwhile; return how often."""
-    over = threading.Event()
-
-    def stop():
-        while not over.is_set():
-            guest.hv.cpu.stop()
-            time.sleep(0.0003)
-
-    thread = threading.Thread(target=stop)
-    thread.start()
-    slices = 1
-    try:
-        guest.run(code, **registers)
+    guest.start(code, **registers)
+    slices = 0
+    with Interrupter(guest) as interrupter:
         while guest.hv.stopped_at < 0:
-            guest.hv.run()
+            interrupter.run()
             slices += 1
-    finally:
-        over.set()
-        thread.join()
     return slices
 
 
@@ -104,6 +131,37 @@ def test_code_that_patches_itself_is_not_confused(guest, page):
     assert set(counters(guest)) == {turns, 1}
 
 
+#: Loops that never cross and never end, and where they begin in page 0: what they count is rcx.
+ENDLESS = {
+    "nothing at all": ("ebfe", 0),
+    "a register": ("48ffc1 ebfb", 0),
+    "memory": ("48ff07 ebfb", 0),
+    "a call": ("e80a000000 48ffc1 ebf6" + "90" * 5 + "c3", 0),
+    "a call to another page": ("e8fb1f0000 48ffc1 ebf6", 0),
+    "a jump through a register": ("48ffc1 ffe2", 0),
+    "across two pages": ("48ffc1 48ffc1 48ffc1 ebf5", 4096 - 6),
+    "from one page into the next": ("48ffc1 48ffc1 48ffc1 48ffc1 ebfb", 4096 - 4),
+    "a string": ("fc 488d3f 48c7c100100000 57 f3aa 5f ebf2", 0),
+}
+
+
+@pytest.mark.parametrize("kind", ENDLESS)
+def test_no_loop_goes_on_for_ever(guest, kind):
+    """A guest that does not cross is interrupted soon, in the midst of its loop, again and again,
+    whichever way its blocks lead to each other."""
+    hexadecimal, offset = ENDLESS[kind]
+    code, start = bytes.fromhex(hexadecimal), guest.va(0, offset)
+    guest.poke(2, 0, b"\xc3")
+    guest.start(code, offset=offset, rdi=guest.va(DATA), rdx=start, rcx=0)
+    with Interrupter(guest) as interrupter:
+        for _ in range(8):
+            begun = time.monotonic()
+            interrupter.run()
+            assert time.monotonic() - begun < PATIENCE_S
+            rip = guest.hv.q[cpuregs.RIP]
+            assert start <= rip < start + len(code) or rip == guest.va(2)
+
+
 def test_a_count_and_a_watch_end_a_run_in_the_midst_of_a_block(guest):
     """What needs to look at single instructions still can: before, after and between free runs."""
     code = b"\x90" * 20
@@ -129,9 +187,11 @@ def test_a_count_and_a_watch_end_a_run_in_the_midst_of_a_block(guest):
 
 
 def test_another_layout_is_noticed(guest):
-    """If the flag is not where it is in the known release, nothing is written anywhere."""
+    """If things are not where they are in the known release, nothing is written anywhere."""
     handle = guest.hv.cpu._handle.value
     with pytest.raises(UnsupportedEmulator):
-        cpuregs.locate_stop_flag(handle, 12345)
+        stops.locate_stop_flag(handle, 12345)
     with pytest.raises(UnsupportedEmulator):
-        cpuregs.locate_stop_flag(0x1000, 5608)
+        stops.locate_stop_flag(0x1000, 5608)
+    with pytest.raises(UnsupportedEmulator):
+        Blocks(vcpu._direct, handle + 0x1000)

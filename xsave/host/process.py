@@ -52,7 +52,7 @@ class DomainProcess:
             wanted=self._wanted,
             kick=lambda: self.running.xen.kick(),
             due=self._due,
-            stop=self._stop,
+            stop=lambda: self.running.xen.interrupt(),
         )
 
     @property
@@ -89,10 +89,6 @@ class DomainProcess:
         domain = self._domain
         now = domain.clock.now()
         return any(v.timer_ns is not None and v.timer_ns <= now for v in domain.vcpus)
-
-    def _stop(self) -> None:
-        if self.running.xen.powered:
-            self.running.xen.cpu.stop()
 
     # -- the loop ---
 

@@ -7,12 +7,6 @@ located in memory by writing a signature to eight registers, and checked. Layout
 16 general registers at 0, rip at 128, hflags at 176, segments of 24 bytes at 184 (selector, base at
 +8), cr[] at 424; error_code and old_exception lie at fixed distances before the reset values of dr6
 and dr7.
-
-A third thing is found in the engine itself: `no_exit_request`, made for ARM's IT blocks. While it
-is 0, the translator puts a look at "must I stop?" behind every memory access, in the middle of
-instructions too, and one that stops there goes back to the instruction's beginning: an
-`add [m], 1` that has already stored is executed again. With 1, only blocks begin with that look,
-so a stop from another thread is as exact as one from a hook, and code runs a third faster.
 """
 
 from __future__ import annotations
@@ -35,11 +29,7 @@ CR3 = 448 >> 3
 HFLAGS = 176 >> 2
 HFLAG_CODE64 = 1 << 15
 
-# struct uc_context in front of the registers; then cpu_context_size, 4 bytes of padding, next_pc.
-_CONTEXT_HEADER_BYTES = 40
-_STOP_FLAGS_AFTER = 16
 _DR_RESET = struct.pack("<QQ", 0xFFFF0FF0, 0x400)
-_STOP_FLAGS = (b"\0\0\0\x01", b"\0\x01\0\x01")
 _STATE_BYTES = 16384
 _SCAN_ENGINE = 8192
 #: Where the CPU object has its pointer to the state (CPUState.env_ptr).
@@ -79,25 +69,13 @@ def locate(engine: int, signature: bytes) -> tuple[int, int]:
     return found[0]
 
 
-def locate_stop_flag(engine: int, context_bytes: int) -> int:
-    """Return the address of `no_exit_request`, of an engine that has not run yet.
-
-    It is the third of {hook_insert, first_tb, no_exit_request, init_done}, behind next_pc and the
-    size of a context, which uc_context_size() tells. Raises UnsupportedEmulator."""
+def engine_bytes(engine: int) -> bytes:
+    """Return what the engine's own structure looks like now."""
     fd = os.open("/proc/self/mem", os.O_RDONLY | os.O_CLOEXEC)
     try:
-        blob = _read(fd, engine, _SCAN_ENGINE) or _read(fd, engine, 4096)
+        return _read(fd, engine, _SCAN_ENGINE) or _read(fd, engine, 4096)
     finally:
         os.close(fd)
-    size = struct.pack("<I", context_bytes - _CONTEXT_HEADER_BYTES)
-    found = [
-        at + _STOP_FLAGS_AFTER + 2
-        for at in range(0, len(blob) - 24, 8)
-        if blob[at : at + 4] == size and blob[at + _STOP_FLAGS_AFTER :][:4] in _STOP_FLAGS
-    ]
-    if len(found) != 1:
-        raise UnsupportedEmulator("this unicorn keeps its stop flag elsewhere (2.1.4 is known)")
-    return engine + found[0]
 
 
 def _pointers(blob: bytes) -> list[int]:

@@ -9,8 +9,9 @@ process then decides what is next. Mirrors xen/arch/x86/pv/{hypercall,traps,iret
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
+from xsave.frames import PAGE_SIZE
 from xsave.guest.xen.context import RFLAGS_IF, RFLAGS_LIVE, Vcpu
 from xsave.guest.xen.cpuregs import (
     CR2,
@@ -81,6 +82,19 @@ class Hypervisor(GuestCpu):
     def kick(self) -> None:
         """Make run() return at the next crossing."""
         self.kicked = True
+
+    def interrupt(self) -> None:
+        """Make run() return, from another thread, although the guest does not cross; to be called
+        every few milliseconds until it has."""
+        if self.powered:
+            self.cpu.interrupt(self._code_pages())
+
+    def _code_pages(self) -> Iterator[int]:
+        """Machine addresses of what the guest executes: rip's page and the one behind it."""
+        for address in (self.q[RIP], self.q[RIP] + PAGE_SIZE):
+            page = self.tables.walk(self.vcpu.cr3 >> 12, address & -PAGE_SIZE & M64)
+            if page >= 0:
+                yield page
 
     def run(self, count: int = 0) -> None:
         """Run the guest until it blocks, shuts down, is kicked, or `count` instructions passed."""

@@ -27,7 +27,7 @@ from __future__ import annotations
 
 import ctypes
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 
 from unicorn import (
@@ -47,6 +47,7 @@ from unicorn.unicorn_py3.unicorn import uclib
 
 from xsave.guest.xen import cpuregs
 from xsave.guest.xen.machine import Machine
+from xsave.guest.xen.stops import Stops
 
 FLAT_RING3_CS64 = 0xE033
 FLAT_RING3_SS64 = 0xE02B
@@ -117,9 +118,8 @@ class Cpu:
         self.q = self.state.q
         self._word = ctypes.c_uint64(0)
         self._word_ref = ctypes.byref(self._word)
-        flag = cpuregs.locate_stop_flag(self._handle.value, uclib.uc_context_size(self._handle))
-        self._between_blocks = ctypes.c_uint8.from_address(flag)
-        self._between_blocks.value = 1
+        context_bytes = uclib.uc_context_size(self._handle)
+        self._stops = Stops(_direct, self._handle.value or 0, self._cpu, context_bytes)
         self._counted = False
         self._watches = 0
         self._reset = self._uc.context_save()  # CPL 0, paging off: where every vCPU starts
@@ -242,6 +242,7 @@ class Cpu:
         """Run from the current rip until stop(); count > 0: exactly that many instructions."""
         if bool(count) != self._counted:
             self._forget_code(counted=bool(count))
+        self._stops.begin(looking=self._counted or bool(self._watches))
         try:
             self._uc.emu_start(self.q[cpuregs.RIP], 0, 0, count)
         except UcError as e:
@@ -250,15 +251,20 @@ class Cpu:
     def _forget_code(self, *, counted: bool) -> None:
         """Drop all translations, and translate for counted runs, or for free ones, from now on.
 
-        A free run may be stopped between two blocks only (see cpuregs.py); a count, and a hook on
+        A free run may be stopped between two blocks only (see stops.py); a count, and a hook on
         single instructions, end a run in the middle of a block, where it must then be looked."""
         self._counted = counted
-        self._between_blocks.value = 0 if counted or self._watches else 1
         self._uc.ctl_flush_tb()
 
     def stop(self) -> None:
-        """End run(): exact from a hook; from another thread before the next block, exactly too."""
-        uclib.uc_emu_stop(self._handle)
+        """End run() at this crossing, from a hook."""
+        self._stops.stop()
+
+    def interrupt(self, pages: Iterable[int]) -> None:
+        """End run() from another thread, before the next instruction of some block or other; to be
+        called every few milliseconds until it has ended. pages: machine addresses of the page that
+        rip is in and of the one behind it."""
+        self._stops.interrupt(pages)
 
     def watch(self, first: int, last: int, see: Callable[[int], None]) -> Callable[[], None]:
         """Have `see` called with rip before each instruction in [first, last]; stop() in it ends
