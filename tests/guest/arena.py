@@ -14,6 +14,7 @@ import numpy as np
 from tests.guest.pagetable_model import recount
 from tests.guest.rig import MIB, Guest, build_guest
 from xsave.frames import INVALID_M2P_ENTRY
+from xsave.guest.xen.cpuregs import CR3
 from xsave.guest.xen.hypervisor import Hypervisor
 from xsave.guest.xen.machine import DOMID_FREE, M2P_FIRST_FRAME
 from xsave.guest.xen.pagetable import PGT_L1, PGT_L4, PGT_WRITABLE, PGT_XEN
@@ -27,14 +28,19 @@ M64 = (1 << 64) - 1
 
 
 class NoCpu:
-    """Stands for the emulated CPU: a hypercall may stop it, or have it look at memory again."""
+    """Stands for the emulated CPU: a hypercall may stop it, or have it look at memory again. All it
+    has is its registers."""
+
+    def __init__(self, hv):
+        self.q = memoryview(bytearray(4096)).cast("Q")
+        self.q[CR3] = hv.vcpu.cr3
 
     def stop(self):
         """End the run."""
 
     def load_cr3(self, value):
         """Flush."""
-        assert 0 <= value < 1 << 64
+        self.q[CR3] = value
 
     def flush_page(self, address):
         """Flush one page."""
@@ -48,7 +54,8 @@ def attack(machine) -> Hypervisor:
     """A fresh attacker with a second vCPU to bring up; its CPU is only a stand-in."""
     hv = build_guest(machine, ATTACKER, max_pages=NR_PAGES, nr_vcpus=2)
     assert hv.domain.grants.setup(1) == 0
-    hv.cpu, hv.q = NoCpu(), memoryview(bytearray(8 * 512)).cast("Q")
+    hv.cpu = NoCpu(hv)
+    hv.q = hv.cpu.q
     return hv
 
 

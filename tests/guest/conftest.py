@@ -31,7 +31,8 @@ def guest(machine):
 @pytest.fixture
 def asking(guest):
     """The same without a CPU, to make hypercalls by hand."""
-    guest.hv.cpu, guest.hv.q = NoCpu(), memoryview(bytearray(4096)).cast("Q")
+    guest.hv.cpu = NoCpu(guest.hv)
+    guest.hv.q = guest.hv.cpu.q
     return guest
 
 

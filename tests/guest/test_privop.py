@@ -10,7 +10,7 @@ from tests.guest.rig import Guest
 from xsave.guest.xen import cpuregs
 from xsave.guest.xen.context import xsave_fault
 from xsave.guest.xen.cpuregs import FS_BASE, GS_BASE, RAX, RDX, RIP
-from xsave.guest.xen.privop import emulate_privileged
+from xsave.guest.xen.privop import emulate_privileged, fetch
 
 M64 = (1 << 64) - 1
 RDMSR, WRMSR, XSETBV = b"\x0f\x32", b"\x0f\x30", b"\x0f\x01\xd1"
@@ -227,7 +227,7 @@ def test_the_instruction_may_end_the_last_page(machines, code):
         guest.tables.update_entry(guest.l1, slot, 0)
     guest.poke(7, 4096 - len(code), code)
     guest.hv.q[RIP] = guest.va(7, 4096 - len(code))
-    assert emulate_privileged(guest.hv)
+    assert emulate_privileged(guest.hv, fetch(guest.hv))
     assert guest.hv.q[RIP] == guest.va(8)
 
 
@@ -238,5 +238,5 @@ def test_code_that_is_not_there(kernel):
     kernel.poke(kernel.nr - 1, 4095, b"\x0f")
     for rip in (0, kernel.va(kernel.nr - 1, 4095), 1 << 47):
         kernel.hv.q[RIP] = rip
-        assert not emulate_privileged(kernel.hv)
+        assert not emulate_privileged(kernel.hv, fetch(kernel.hv))
         assert kernel.hv.q[RIP] == rip

@@ -12,7 +12,7 @@ from typing import Any
 
 from xsave.guest.xen import guestmem
 from xsave.guest.xen.context import RFLAGS_IF, Vcpu
-from xsave.guest.xen.cpuregs import CS_SEL, GS_BASE, GS_SEL, R11, RAX, RCX, RIP, RSP, SS_SEL
+from xsave.guest.xen.cpuregs import CR3, CS_SEL, GS_BASE, GS_SEL, R11, RAX, RCX, RIP, RSP, SS_SEL
 from xsave.guest.xen.domain import RESERVED_DESCRIPTORS, RESERVED_GDT_PAGE, Domain
 from xsave.guest.xen.guestmem import GuestFault
 from xsave.guest.xen.vcpu import FLAT_RING3_CS64, FLAT_RING3_SS64, Cpu
@@ -71,10 +71,10 @@ class GuestCpu:
     # -- guest memory, as every hypercall sees it ---
 
     def read(self, address: int, nr: int) -> bytes:
-        return guestmem.read(self.tables, self.vcpu.cr3, address, nr)
+        return guestmem.read(self.tables, self.q[CR3], address, nr)
 
     def write(self, address: int, data: bytes) -> None:
-        guestmem.write(self.tables, self.vcpu.cr3, address, data)
+        guestmem.write(self.tables, self.q[CR3], address, data)
 
     # -- segments ---
 

@@ -31,7 +31,7 @@ from xsave.guest.xen.domain import Domain
 from xsave.guest.xen.guestcpu import M64, GuestCpu
 from xsave.guest.xen.guestmem import GuestFault
 from xsave.guest.xen.pagetable import PGT_L1
-from xsave.guest.xen.privop import emulate_privileged, emulate_rdtsc
+from xsave.guest.xen.privop import emulate_privileged, emulate_rdtsc, fetch
 from xsave.guest.xen.ptwr import emulate_table_write
 from xsave.guest.xen.vcpu import CR4_OSXSAVE, FLAT_RING3_SS64, Cpu
 from xsave.public import VGCF_SYSCALL_DISABLES_EVENTS
@@ -212,8 +212,10 @@ class Hypervisor(GuestCpu):
 
     def exception(self, vector: int, error_code: int) -> None:
         """A fault or trap in the guest."""
-        if vector == TRAP_GP_FAULT and emulate_rdtsc(self, self.rdtsc):
-            return
+        if vector == TRAP_GP_FAULT:
+            code = fetch(self)
+            if emulate_rdtsc(self, code, self.rdtsc):
+                return
         if vector == TRAP_DEBUG and self._begins_step:
             self._begins_step = False
             return
@@ -221,7 +223,7 @@ class Hypervisor(GuestCpu):
         self.domain.clock.step()
         if vector == TRAP_PAGE_FAULT:
             self._page_fault(error_code)
-        elif vector == TRAP_GP_FAULT and self.vcpu.in_kernel and emulate_privileged(self):
+        elif vector == TRAP_GP_FAULT and self.vcpu.in_kernel and emulate_privileged(self, code):
             pass
         elif vector == TRAP_DEBUG:
             self.vcpu.context.debugreg[6] = _DR6_DEFAULT | _DR6_SINGLE_STEP

@@ -6,6 +6,7 @@ and debug registers, and a few no-ops. Port I/O does not fault here: vcpu.py ans
 
 from __future__ import annotations
 
+import contextlib
 import struct
 from collections.abc import Callable
 
@@ -23,45 +24,45 @@ _TWO_BYTE_NOPS = {0x06, 0x08, 0x09}  # clts, invd, wbinvd
 _XSETBV = b"\x01\xd1"
 _RDTSC, _RDTSCP = b"\x0f\x31", b"\x0f\x01\xf9"
 _XCR0_ALLOWED = 7
+_LONGEST = 5
 
 
-def emulate_privileged(hv: GuestCpu) -> bool:
-    """Emulate the instruction at rip if it is one of these. False: it is a real #GP."""
+def fetch(hv: GuestCpu) -> bytes:
+    """Return the bytes at rip, as many as the longest of these instructions has, fewer if the page
+    behind is not there."""
+    rip = hv.q[RIP]
     try:
-        code = hv.read(hv.q[RIP], 1)
-        code += hv.read(hv.q[RIP] + 1, 4)
+        return hv.read(rip, _LONGEST)
     except GuestFault:
-        if len(code := _short_read(hv)) == 0:
-            return False
-    length = _emulate(hv, code + bytes(5))
+        pass
+    out = b""
+    with contextlib.suppress(GuestFault):
+        while len(out) < _LONGEST:
+            out += hv.read(rip + len(out), 1)
+    return out
+
+
+def emulate_privileged(hv: GuestCpu, code: bytes) -> bool:
+    """Emulate the instruction at rip, `code`, if it is one of these. False: it is a real #GP."""
+    length = _emulate(hv, code + bytes(_LONGEST))
+    if length > len(code):
+        return False
     hv.q[RIP] += length
     return length > 0
 
 
-def emulate_rdtsc(hv: GuestCpu, rdtsc: Callable[[], int]) -> bool:
+def emulate_rdtsc(hv: GuestCpu, code: bytes, rdtsc: Callable[[], int]) -> bool:
     """Emulate rdtsc or rdtscp at rip, of the kernel or of user space. False: it is neither."""
-    q = hv.q
-    try:
-        code = hv.read(q[RIP], 2)
-        if code != _RDTSC and (code != _RDTSCP[:2] or hv.read(q[RIP] + 2, 1) != _RDTSCP[2:]):
-            return False
-    except GuestFault:
+    if code.startswith(_RDTSC):
+        length = 2
+    elif code.startswith(_RDTSCP):
+        length = 3
+    else:
         return False
-    tsc = rdtsc()
+    q, tsc = hv.q, rdtsc()
     q[RAX], q[RDX] = tsc & 0xFFFFFFFF, tsc >> 32
-    q[RIP] += len(_RDTSC) if code == _RDTSC else len(_RDTSCP)
+    q[RIP] += length
     return True
-
-
-def _short_read(hv: GuestCpu) -> bytes:
-    """Fewer bytes than the longest instruction: it ends at the end of its page."""
-    out = b""
-    for i in range(4):
-        try:
-            out += hv.read(hv.q[RIP] + i, 1)
-        except GuestFault:
-            break
-    return out
 
 
 def _emulate(hv: GuestCpu, code: bytes) -> int:

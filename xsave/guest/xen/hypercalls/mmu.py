@@ -24,7 +24,7 @@ _REQUESTS_AT_ONCE = 128
 _DOMID_SELF = 0x7FF0
 _UPDATE, _MACHPHYS, _PRESERVE_AD, _NO_TRANSLATE = range(4)
 _UVMF_TLB_FLUSH, _UVMF_INVLPG = 1, 2
-_PIN_LAST, _UNPIN, _NEW_BASEPTR = 3, 4, 5
+_UNPIN, _NEW_BASEPTR = 4, 5  # MMUEXT_PIN_L1_TABLE is 0, L4 is 3
 # Of this vCPU, of some, of all: the others begin with a flush when they get the CPU.
 _FLUSHES, _PAGE_FLUSHES, _OF_SOME = (6, 8, 10), (7, 9, 11), (8, 9)
 _FLUSH_CACHE, _SET_LDT, _FLUSH_CACHE_GLOBAL, _NEW_USER_BASEPTR = 12, 13, 18, 15
@@ -36,70 +36,74 @@ _REFUSED = {
 }  # fmt: skip
 _MAX_LDT_ENTRIES = 8192
 _MMU_UPDATE_PREEMPTED = 1 << 31
+_MAX_COUNT = _MMU_UPDATE_PREEMPTED - 1
+_COUNT = struct.Struct("<I")
 
 
 def mmu_update(
     hv: Hypervisor, vcpu: Vcpu, requests: int, count: int, done_ptr: int, foreign: int, _5: int
 ) -> int:
-    def one(request: bytes) -> int:
-        return _one_update(hv, *_REQUEST.unpack(request))
-
-    refused = _foreign(hv, foreign)
-    return _batch(hv, one, _REQUEST.size, (requests, count, done_ptr, foreign), refused)
+    refused = 0 if foreign == _DOMID_SELF else _foreign(hv, foreign)
+    return _batch(hv, _one_update, _REQUEST, (requests, count, done_ptr, foreign), refused)
 
 
 def _batch(
     hv: Hypervisor,
-    one: Callable[[bytes], int],
-    size: int,
+    one: Callable[..., int],
+    layout: struct.Struct,
     arguments: tuple[int, int, int, int],
     refused: int,
 ) -> int:
-    """Do requests of `size` bytes until one fails; a wanted vCPU goes on with the rest later, and
+    """Do requests of this layout until one fails; a wanted vCPU goes on with the rest later, and
     the count of all that were done is kept where the guest will find it. refused: why none may be
     done, or 0."""
     requests, count, done_ptr, foreign = arguments
     tables, before = hv.tables, 0
-    if tables.unfinished and tables.attempt(hv.preempted, lambda: 0):
+    dying = tables.progress.dying  # what a request may leave to do: tables.unfinished
+    if dying and tables.attempt(hv.preempted, lambda: 0):
         return hv.continue_with(*arguments)
-    if not requests and count & 0xFFFFFFFF == _MMU_UPDATE_PREEMPTED:
-        return foreign - (foreign >> 63 << 64)  # the result of what only left something to do
-    if count & _MMU_UPDATE_PREEMPTED and done_ptr:
-        before = _read_count(hv, done_ptr)
-    count &= 0xFFFFFFFF & ~_MMU_UPDATE_PREEMPTED
+    if count > _MAX_COUNT:
+        if not requests and count & 0xFFFFFFFF == _MMU_UPDATE_PREEMPTED:
+            return foreign - (foreign >> 63 << 64)  # the result of what only left something to do
+        if count & _MMU_UPDATE_PREEMPTED and done_ptr:
+            before = _read_count(hv, done_ptr)
+        count &= _MAX_COUNT
     if rc := refused:
         count = 0
     done = 0
     try:
-        for request in _requests(hv, requests, size, count):
-            rc = -ERESTART if done and (tables.unfinished or hv.preempted()) else one(request)
-            if rc:
+        for fields in _requests(hv, requests, layout, count):
+            if done and (dying or hv.preempted()):
+                rc = -ERESTART
+                break
+            if rc := one(hv, *fields):
                 break
             done += 1
     except GuestFault as fault:
         rc = fault.rc
     if done_ptr:
         with contextlib.suppress(GuestFault):
-            hv.write(done_ptr, struct.pack("<I", (before + done) & 0xFFFFFFFF))
+            hv.write(done_ptr, _COUNT.pack((before + done) & 0xFFFFFFFF))
     if rc == -ERESTART:
         rest = (count - done) | _MMU_UPDATE_PREEMPTED
-        return hv.continue_with(requests + size * done, rest, done_ptr, foreign)
-    if tables.unfinished:
+        return hv.continue_with(requests + layout.size * done, rest, done_ptr, foreign)
+    if dying:
         return hv.continue_with(0, _MMU_UPDATE_PREEMPTED, 0, rc)
     return rc
 
 
-def _requests(hv: Hypervisor, address: int, size: int, count: int) -> Iterator[bytes]:
+def _requests(
+    hv: Hypervisor, address: int, layout: struct.Struct, count: int
+) -> Iterator[tuple[int, ...]]:
     """The requests one after the other; some at once where they can be read so."""
     while count:
         nr = min(count, _REQUESTS_AT_ONCE)
         try:
-            piece = hv.read(address, size * nr)
+            piece = hv.read(address, layout.size * nr)
         except GuestFault:
-            nr, piece = 1, hv.read(address, size)
-        for at in range(0, len(piece), size):
-            yield piece[at : at + size]
-        address, count = address + size * nr, count - nr
+            nr, piece = 1, hv.read(address, layout.size)
+        yield from layout.iter_unpack(piece)
+        address, count = address + layout.size * nr, count - nr
 
 
 def _read_count(hv: Hypervisor, address: int) -> int:
@@ -118,24 +122,22 @@ def _foreign(hv: Hypervisor, foreign: int) -> int:
 
 
 def _one_update(hv: Hypervisor, address: int, value: int) -> int:
-    command = address & 7
+    command, tables = address & 7, hv.tables
+    if command == _UPDATE and not tables.is_upper(address >> 12):  # nearly always
+        return tables.mmu_update(address, value)
     address &= ~7
     if command > _NO_TRANSLATE:
         return -errno.ENOSYS
     if command == _MACHPHYS:
         mfn = address >> 12
-        if not hv.tables.owned(mfn):
+        if not tables.owned(mfn):
             return -errno.EINVAL
         hv.domain.machine.m2p[mfn] = value
         return 0
-    if command == _NO_TRANSLATE:
-        command = _UPDATE
-    tables, preserve_ad = hv.tables, command == _PRESERVE_AD
+    preserve_ad = command == _PRESERVE_AD
     if not tables.is_upper(address >> 12):
-        return tables.mmu_update(address, value, preserve_ad=preserve_ad)
-    return tables.attempt(
-        hv.preempted, lambda: tables.mmu_update(address, value, preserve_ad=preserve_ad)
-    )
+        return tables.mmu_update(address, value, preserve_ad)
+    return tables.attempt(hv.preempted, lambda: tables.mmu_update(address, value, preserve_ad))
 
 
 def update_va_mapping(
@@ -157,26 +159,13 @@ def update_va_mapping(
 def mmuext_op(
     hv: Hypervisor, vcpu: Vcpu, ops: int, count: int, done_ptr: int, foreign: int, _5: int
 ) -> int:
-    def one(op: bytes) -> int:
-        command, arg1, arg2 = _OP.unpack(op)
-        if command > _NEW_BASEPTR and command != _NEW_USER_BASEPTR:
-            return _one_op(hv, vcpu, command, arg1, arg2)
-        return hv.tables.attempt(hv.preempted, lambda: _one_op(hv, vcpu, command, arg1, arg2))
-
-    refused = _foreign(hv, foreign & 0xFFFF)
-    return _batch(hv, one, _OP.size, (ops, count, done_ptr, foreign), refused)
+    refused = 0 if foreign == _DOMID_SELF else _foreign(hv, foreign & 0xFFFF)
+    return _batch(hv, _one_op, _OP, (ops, count, done_ptr, foreign), refused)
 
 
-def _one_op(hv: Hypervisor, vcpu: Vcpu, command: int, arg1: int, arg2: int) -> int:
-    tables = hv.tables
-    if command <= _PIN_LAST:
-        return tables.pin(arg1, command + 1)
-    if command == _UNPIN:
-        return tables.unpin(arg1)
-    if command == _NEW_BASEPTR:
-        return _new_baseptr(hv, vcpu, arg1)
-    if command == _NEW_USER_BASEPTR:
-        return _new_user_baseptr(hv, vcpu, arg1)
+def _one_op(hv: Hypervisor, command: int, arg1: int, arg2: int) -> int:
+    if preemptible := _PREEMPTIBLE.get(command):
+        return hv.tables.attempt(hv.preempted, lambda: preemptible(hv, command, arg1))
     if command in _FLUSHES or command in _PAGE_FLUSHES:
         return _flush(hv, command, arg1, arg2)
     if command == _SET_LDT:
@@ -210,32 +199,48 @@ def _set_ldt(address: int, entries: int) -> int:
     return -errno.EINVAL if bad else -errno.ENOSYS
 
 
-def _new_baseptr(hv: Hypervisor, vcpu: Vcpu, mfn: int) -> int:
-    tables, context = hv.tables, vcpu.context
-    old = context.ctrlreg[3] >> 12
+def _pin(hv: Hypervisor, command: int, mfn: int) -> int:
+    return hv.tables.pin(mfn, command + 1)
+
+
+def _unpin(hv: Hypervisor, _command: int, mfn: int) -> int:
+    return hv.tables.unpin(mfn)
+
+
+def _new_baseptr(hv: Hypervisor, _command: int, mfn: int) -> int:
+    tables, control = hv.tables, hv.vcpu.context.ctrlreg
+    old = control[3] >> 12
     if mfn != old:
         rc = tables.get_type(mfn, PGT_L4)
         if rc:
             return rc
-        context.ctrlreg[3] = mfn << 12
+        control[3] = mfn << 12
         if old:
             tables.put_type(old)
-    hv.cpu.load_cr3(vcpu.cr3)
+    hv.cpu.load_cr3(mfn << 12)
     return 0
 
 
-def _new_user_baseptr(hv: Hypervisor, vcpu: Vcpu, mfn: int) -> int:
-    tables, context = hv.tables, vcpu.context
-    old = context.ctrlreg[1] >> 12
+def _new_user_baseptr(hv: Hypervisor, _command: int, mfn: int) -> int:
+    tables, control = hv.tables, hv.vcpu.context.ctrlreg
+    old = control[1] >> 12
     if mfn:
         rc = tables.get_type(mfn, PGT_L4)
         if rc:
             return rc
     # Bit 0 says "valid" in the image, so that pfn 0 can be told from none; live it is not set.
-    context.ctrlreg[1] = mfn << 12
+    control[1] = mfn << 12
     if old:
         tables.put_type(old)
     return 0
+
+
+_PREEMPTIBLE: dict[int, Callable[[Hypervisor, int, int], int]] = {
+    **dict.fromkeys(range(_UNPIN), _pin),
+    _UNPIN: _unpin,
+    _NEW_BASEPTR: _new_baseptr,
+    _NEW_USER_BASEPTR: _new_user_baseptr,
+}
 
 
 def _fill_page(hv: Hypervisor, mfn: int, source: int | None) -> int:
