@@ -17,8 +17,9 @@ what does not cross, another thread interrupts:
 1. Blocks are linked to others of their own page only; calls, returns and other pages are looked up.
    With another `cluster_index` in the CPU object no look-up finds a block, and the main loop is
    where that ends, at an exact instruction.
-2. What goes on for all that is a loop in one page: the links of its blocks are cut (blocks.py), and
-   before the next run they are forgotten, so that what is translated then is linked again.
+2. What has spent time on the processor since and goes on is a loop in one page: the links of its
+   blocks are cut (blocks.py), and before the next run they are forgotten, so that what is
+   translated then is linked again.
 
 The page is the one rip is in, which every look-up and every exit stores, or the one behind it,
 where a block that crosses into that may have led: no block of two pages is ever linked to.
@@ -30,12 +31,16 @@ import ctypes
 import mmap
 import os
 import struct
+import threading
+import time
 from collections.abc import Iterable
 from functools import cache
 
 from xsave.guest.xen.blocks import Blocks
 from xsave.guest.xen.cpuregs import UnsupportedEmulator, engine_bytes
 
+#: CPU time in which whatever is not such a loop comes to a look-up.
+_PATIENCE_NS = 500_000
 #: Where the CPU object has its `cluster_index`, and what is there: UNASSIGNED_CLUSTER_INDEX.
 _CLUSTER_INDEX = 0x8A50 - 0x8BC
 _NO_CLUSTER, _NOWHERE = 0xFFFFFFFF, 0x55
@@ -66,15 +71,18 @@ class Stops:
         self._cluster = ctypes.c_uint32.from_address(cpu + _CLUSTER_INDEX)
         if self._cluster.value != _NO_CLUSTER:
             raise UnsupportedEmulator("the CPU object of this unicorn has another layout")
-        self._asked = False
+        self._asked_ns: int | None = None
         self._cut: set[int] = set()
+        self._thread = self._clock = -1
 
     def begin(self, *, looking: bool) -> None:
         """Before a run, in the thread that will run: what is translated from here on looks for a
         stop at every instruction, or never. (What was translated before stays as it is.)"""
         self._no_exit_request.value = 0 if looking else 1
         self._helper.set(0 if looking else _PURE)
-        self._cluster.value, self._asked = _NO_CLUSTER, False
+        self._cluster.value, self._asked_ns = _NO_CLUSTER, None
+        if (thread := threading.get_ident()) != self._thread:
+            self._thread, self._clock = thread, time.pthread_getcpuclockid(thread)
         while self._cut:
             self._blocks.forget(self._cut.pop())
 
@@ -89,11 +97,13 @@ class Stops:
         pages: machine addresses of the pages that code at rip may be in; asked for if needed."""
         self._stop(self._engine)
         self._cluster.value = _NOWHERE
-        if self._asked:
+        spent_ns = time.clock_gettime_ns(self._clock)
+        if self._asked_ns is None:
+            self._asked_ns = spent_ns
+        elif spent_ns - self._asked_ns > _PATIENCE_NS:
             for page in pages:
                 self._cut.add(page)
                 self._blocks.cut(page)
-        self._asked = True
 
 
 class _HelperFlags:
