@@ -46,6 +46,8 @@ from unicorn.unicorn_const import UC_CTL_IO_WRITE, UC_CTL_TLB_FLUSH
 from unicorn.unicorn_py3.unicorn import uclib
 
 from xsave.guest.xen import cpuregs
+from xsave.guest.xen.cpufeatures import CpuFeatures
+from xsave.guest.xen.cpuid import CpuPolicy
 from xsave.guest.xen.machine import Machine
 
 FLAT_RING3_CS64 = 0xE033
@@ -105,8 +107,12 @@ class EmulatorFault(Exception):
 class Cpu:
     """One emulated processor. `q` is a live view of its registers (indices in cpuregs)."""
 
-    def __init__(self, machine: Machine, scratch_mfn: int, handler: Handler) -> None:
+    def __init__(
+        self, machine: Machine, scratch_mfn: int, handler: Handler, policy: CpuPolicy
+    ) -> None:
+        """policy: of the guest that the CPU is for; it has no instructions but those."""
         self.machine = machine
+        self._policy = policy
         self._scratch = scratch_mfn << 12
         self._uc = Uc(UC_ARCH_X86, UC_MODE_64)
         address = ctypes.addressof(ctypes.c_char.from_buffer(machine.map))
@@ -115,6 +121,7 @@ class Cpu:
         self._cpu, state = self._locate()
         self.state = cpuregs.CpuState(state)
         self.q = self.state.q
+        self._features = CpuFeatures(self.q)
         self._word = ctypes.c_uint64(0)
         self._word_ref = ctypes.byref(self._word)
         flag = cpuregs.locate_stop_flag(self._handle.value, uclib.uc_context_size(self._handle))
@@ -183,6 +190,7 @@ class Cpu:
         """
         uc = self._uc
         self._bringing_up = True
+        self._features.have_all()
         uc.context_restore(self._reset)
         uc.ctl(UC_CTL_TLB_FLUSH, UC_CTL_IO_WRITE)  # a cr3 write flushes with paging on only
         uc.reg_write(x86.UC_X86_REG_CR4, uc.reg_read(x86.UC_X86_REG_CR4) | _CR4_ALWAYS | cr4)
@@ -193,6 +201,7 @@ class Cpu:
         uc.reg_write(x86.UC_X86_REG_CR3, cr3)
         uc.reg_write(x86.UC_X86_REG_CR0, _CR0)
         uc.reg_write(x86.UC_X86_REG_GDTR, (0, gdt_base, 0xFFFF, 0))
+        self._features.have_promised(self._policy, xsave=bool(xcr0))
         self._bringing_up = False
 
     def park(self, state: Any) -> Any:
