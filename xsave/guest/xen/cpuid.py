@@ -4,9 +4,8 @@ A new domain sees the qemu64 feature set, which every x86-64 host can honour, so
 can be restored anywhere; a restored domain goes on seeing the policy of its image. The policy
 is kept in the form of the X86_CPUID_POLICY record: 24-byte leaves {leaf, subleaf, a, b, c, d}.
 
-What the emulator lacks matters more than with other emulators: unicorn 2.1.4 executes 128-bit
-VEX instructions as their legacy SSE forms, silently wrong, whatever CPUID says. So a guest that
-was promised AVX must not be started unless its user insists.
+What the emulator lacks matters: a guest that was promised AVX finds its programs killed by invalid
+opcodes (vextrap.py), and so must not be started unless its user insists.
 """
 
 from __future__ import annotations
@@ -45,7 +44,7 @@ EMULATED: dict[tuple[int, int, int], int] = {
     (0x80000001, NO_SUBLEAF, 2): 0x21,
     (0x80000001, NO_SUBLEAF, 3): 0x28100800,
 }
-_XSAVE = 1 << 26
+_XSAVE, _AVX = 1 << 26, 1 << 28
 
 #: Features the emulator does not execute: (leaf, subleaf, register index) -> bit -> name.
 _LACKING: dict[tuple[int, int, int], dict[int, str]] = {
@@ -145,6 +144,9 @@ class CpuPolicy:
                 leaves[leaf, subleaf] = (words[0], words[1], words[2], words[3])
         body = b"".join(struct.pack("<6I", *key, *leaves[key]) for key in sorted(leaves))
         return cls(body, _DEFAULT_MSRS)
+
+    def promises_avx(self) -> bool:
+        return bool(self.leaves.get((0x1, NO_SUBLEAF), (0, 0, 0, 0))[2] & _AVX)
 
     def executes(self, leaf: int, subleaf: int, register: int) -> int:
         """Return the features that a register of a leaf names, the guest was promised, and the

@@ -4,7 +4,7 @@ The emulator's physical memory is the machine's memory, so cr3 and page-table en
 mfns and the emulator's own MMU walks them, sets A/D bits and faults. The guest kernel runs at
 CPL 3 as under Xen; `syscall` is the door to the hypercalls, every other crossing is an exception.
 This module knows instructions and registers, not hypercalls: it calls the methods of the `handler`
-it is given (syscall, sysenter, exception, software_interrupt, invalid_opcode, cpuid).
+it is given (syscall, sysenter, exception, software_interrupt, invalid_opcode, cpuid, read).
 
 Facts that cost hours, and where they show here:
 * cs/ss/cpl are set once by a sysretq at CPL 0 (`_enter_cpl3`); later selector writes change the
@@ -33,6 +33,7 @@ from typing import Any, Protocol
 from unicorn import (
     UC_ARCH_X86,
     UC_HOOK_CODE,
+    UC_HOOK_EDGE_GENERATED,
     UC_HOOK_INSN,
     UC_HOOK_INSN_INVALID,
     UC_HOOK_INTR,
@@ -48,7 +49,9 @@ from unicorn.unicorn_py3.unicorn import uclib
 from xsave.guest.xen import cpuregs
 from xsave.guest.xen.cpufeatures import CpuFeatures
 from xsave.guest.xen.cpuid import CpuPolicy
+from xsave.guest.xen.guestmem import GuestFault
 from xsave.guest.xen.machine import Machine
+from xsave.guest.xen.vextrap import USER_END, VexTrap
 
 FLAT_RING3_CS64 = 0xE033
 FLAT_RING3_SS64 = 0xE02B
@@ -98,6 +101,7 @@ class Handler(Protocol):
     def software_interrupt(self, vector: int) -> None: ...
     def invalid_opcode(self) -> bool: ...
     def cpuid(self) -> None: ...
+    def read(self, address: int, nr: int) -> bytes: ...
 
 
 class EmulatorFault(Exception):
@@ -133,6 +137,23 @@ class Cpu:
         self._bringing_up = True
         self.handler = handler
         self._hook(handler)
+        self._stopping = False
+        self._vex = self._watch_vex(everywhere=policy.promises_avx())
+
+    def _watch_vex(self, *, everywhere: bool) -> VexTrap:
+        """everywhere: in the upper half of the address space too."""
+        vex = VexTrap(
+            self.handler.read,
+            GuestFault,
+            lambda: self.compat,
+            lambda: uclib.uc_emu_stop(self._handle),
+        )
+        first, last = (1, 0) if everywhere else (0, USER_END)
+        uclib.uc_hook_add(
+            self._handle, ctypes.byref(ctypes.c_size_t()), UC_HOOK_EDGE_GENERATED, vex.look, None,
+            ctypes.c_uint64(first), ctypes.c_uint64(last),
+        )  # fmt: skip
+        return vex
 
     def _locate(self) -> tuple[int, int]:
         saved = [self._uc.reg_read(r) for r in _GPR8]
@@ -191,6 +212,7 @@ class Cpu:
         uc = self._uc
         self._bringing_up = True
         self._features.have_all()
+        self._vex.watching = False
         uc.context_restore(self._reset)
         uc.ctl(UC_CTL_TLB_FLUSH, UC_CTL_IO_WRITE)  # a cr3 write flushes with paging on only
         uc.reg_write(x86.UC_X86_REG_CR4, uc.reg_read(x86.UC_X86_REG_CR4) | _CR4_ALWAYS | cr4)
@@ -202,7 +224,7 @@ class Cpu:
         uc.reg_write(x86.UC_X86_REG_CR0, _CR0)
         uc.reg_write(x86.UC_X86_REG_GDTR, (0, gdt_base, 0xFFFF, 0))
         self._features.have_promised(self._policy, xsave=bool(xcr0))
-        self._bringing_up = False
+        self._bringing_up, self._vex.watching = False, True
 
     def park(self, state: Any) -> Any:
         """Return the whole CPU state; `state` is an older one to reuse, or None. Only good in
@@ -248,13 +270,40 @@ class Cpu:
     # -- running ---
 
     def run(self, count: int = 0) -> None:
-        """Run from the current rip until stop(); count > 0: exactly that many instructions."""
+        """Run from the current rip until stop(); count > 0: exactly that many instructions, fewer
+        only if one of them is VEX-coded."""
+        self._stopping = False
+        while True:
+            self._start(count)
+            if self._vex.found is None:
+                return
+            self._trap_vex()
+            if count or self._stopping:
+                return
+
+    def _start(self, count: int) -> None:
         if bool(count) != self._counted:
             self._forget_code(counted=bool(count))
         try:
             self._uc.emu_start(self.q[cpuregs.RIP], 0, 0, count)
         except UcError as e:
             raise EmulatorFault(str(e)) from e
+
+    def _trap_vex(self) -> None:
+        """Before a block with a VEX-coded instruction: come to that, and raise #UD there, unless
+        what comes before it has led elsewhere."""
+        vex = self._vex
+        found, vex.found = vex.found, None
+        if found is None:
+            return
+        block, nr_before, address = found
+        if nr_before and self.q[cpuregs.RIP] == block:
+            vex.watching = False
+            self._start(nr_before)
+            vex.watching = True
+        self._forget_code(counted=self._counted)  # of which the block was a part each time
+        if self.q[cpuregs.RIP] == address:
+            self.handler.invalid_opcode()
 
     def _forget_code(self, *, counted: bool) -> None:
         """Drop all translations, and translate for counted runs, or for free ones, from now on.
@@ -267,6 +316,7 @@ class Cpu:
 
     def stop(self) -> None:
         """End run(): exact from a hook; from another thread before the next block, exactly too."""
+        self._stopping = True
         uclib.uc_emu_stop(self._handle)
 
     def watch(self, first: int, last: int, see: Callable[[int], None]) -> Callable[[], None]:
