@@ -19,19 +19,20 @@ PATIENCE_S = 600
 #: What a kernel prints when something is wrong with it, or with its processors.
 COMPLAINTS = re.compile(
     r"BUG:|Oops|WARNING:|Call Trace|detected stall|Kernel panic|general protection|segfault"
-    r"|W\+X.*FAILED"
+    r"|W\+X.*FAILED|I/O error|EXT4-fs error"
 )
 DIRECTORY = Path(os.environ.get("XSAVE_DISTRO_KERNELS", "/nonexistent"))
 KERNELS = sorted(path.name for path in DIRECTORY.glob("vmlinuz-*")) or ["none"]
 
 
-def boot(host, kernel, ramdisk, vcpus, cmdline="console=hvc0"):
+def boot(host, kernel, ramdisk, vcpus, cmdline="console=hvc0", **options):
     """Boot a kernel by its name; skip where there are none."""
     if not (DIRECTORY / kernel).is_file():
         pytest.skip("XSAVE_DISTRO_KERNELS names no directory with kernels")
     path = str(DIRECTORY / kernel)
     size = 256 * MIB
-    create(host, "g", kernel=path, ramdisk=ramdisk, cmdline=cmdline, memory_bytes=size, vcpus=vcpus)
+    options |= {"cmdline": cmdline, "memory_bytes": size, "vcpus": vcpus}
+    create(host, "g", kernel=path, ramdisk=ramdisk, **options)
 
 
 def busybox():

@@ -4,17 +4,21 @@
 
 does so many of each kernel, on one and on two vCPUs; the usual run does three of each kernel on
 two. The guest is preemptible wherever the kernel can be made so, and hard at work all the time
-(busywork.py).
+(busywork.py), also on a disk, the same one on either host.
 """
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import os
 import re
+import shutil
+import subprocess
 
 import pytest
 
+from tests.distro.blockdevice import is_sound
 from tests.distro.busywork import ramdisk
 from tests.distro.over_and_over import (
     DIRECTORY,
@@ -36,6 +40,7 @@ pytestmark = pytest.mark.slow
 
 CYCLES = int(os.environ.get("XSAVE_CYCLES", "0"))
 VCPUS = [1, 2] if CYCLES else [2]
+DISK_BYTES = 24 * MIB
 #: What to do with the image, in turn.
 KINDS = ("restored", "checkpointed", "cancelled")
 CMDLINE = "console=hvc0 loglevel=5 preempt=full"  # no chatter in the middle of a tick
@@ -79,9 +84,27 @@ class Guest:
 
     def hashes(self):
         """What the guest makes of the files nobody changes."""
-        found = re.findall(r"^[0-9a-f]{64}  .+$", self.do("sha256sum /work/file.?"), re.M)
-        assert len(found) == 8
+        said = self.do("sha256sum /work/file.? /disk/file.?")
+        found = dict(
+            reversed(line.split()) for line in re.findall(r"^[0-9a-f]{64}  .+$", said, re.M)
+        )
+        assert len(found) == 16
+        assert all(found[f"/work/file.{i}"] == found[f"/disk/file.{i}"] for i in range(8))
         return found
+
+    def forget_cached(self):
+        """Have what is read next come from the disk."""
+        self.do("sync; echo 3 > /proc/sys/vm/drop_caches")
+
+    def unmount(self):
+        """End the work on the disk, and have what was written last compared once more: by the
+        guest, with nothing in its cache."""
+        self.do("echo > /work/end.fsync; until [ -e /work/ended.fsync ]; do sleep 0.1; done")
+        self.do("umount /disk && mount -t ext4 -o ro /dev/xvda /disk")
+        self.do("cat /work/sum.? | sha256sum -c")
+        hashes = self.hashes()
+        self.do("umount /disk")
+        return hashes
 
     def rounds(self, names):
         """How often each piece of work was done."""
@@ -121,12 +144,14 @@ class Guest:
 def test_at_work(xsave_home, kernel, tmp_path, vcpus):
     """No tick is lost and none comes twice, no kernel complains, no piece of work comes out wrong
     and each goes on, and the files are the same after each cycle."""
-    archive, names = ramdisk(busybox(), DIRECTORY)
-    disk = tmp_path / "initrd"
-    disk.write_bytes(archive)
+    archive, names = ramdisk(busybox(), DIRECTORY, kernel)
+    initrd, disk = tmp_path / "initrd", tmp_path / "disk"
+    initrd.write_bytes(archive)
+    disk.touch()
+    os.truncate(disk, DISK_BYTES)
     hosts = [add_host(name, 512 * MIB, seed=seed) for seed, name in enumerate("ab")]
     guest = Guest(hosts, tmp_path / "img")
-    boot(guest.host, kernel, str(disk), vcpus, CMDLINE)
+    boot(guest.host, kernel, str(initrd), vcpus, CMDLINE, disks=[f"{disk},raw,xvda,w"])
     guest.tick()
     guest.do("dmesg | grep 'Dynamic Preempt: full'")
     before = wait_for(lambda: guest.rounds(names), PATIENCE_S)
@@ -135,14 +160,35 @@ def test_at_work(xsave_home, kernel, tmp_path, vcpus):
         kind = KINDS[number % len(KINDS)]
         getattr(guest, kind)()
         guest.tick()
+        guest.forget_cached()
         assert guest.hashes() == files, f"cycle {number + 1}, {kind}"
         correct(guest.said(), vcpus)
         print(f"cycle {number + 1}, {kind}: tick {ticks(guest.said())[-1][0]}", flush=True)
     wait_for(lambda: all(map(int.__lt__, before, guest.rounds(names))), PATIENCE_S)
+    assert guest.unmount() == files
     correct(guest.said(), vcpus)
     destroy(guest.host)
     for host in hosts:
         nothing_is_left(host)
+    is_sound(disk)
+    assert on_disk(disk) in ({}, files)
+
+
+def on_disk(disk):
+    """The hashes of those files as the host finds them on the disk, and of their like in memory;
+    none where there is no debugfs."""
+    if not shutil.which("debugfs"):
+        return {}
+    found = {}
+    for i in range(8):
+        command = ["debugfs", "-R", f"cat /file.{i}", str(disk)]
+        contents = subprocess.run(command, check=True, capture_output=True).stdout
+        found |= dict.fromkeys((f"/{at}/file.{i}" for at in ("work", "disk")), sha256(contents))
+    return found
+
+
+def sha256(data):
+    return hashlib.sha256(data).hexdigest()
 
 
 def correct(said, vcpus):

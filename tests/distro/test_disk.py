@@ -8,7 +8,6 @@ are those of the directory that tests/distro/fetch fills.
 from __future__ import annotations
 
 import hashlib
-import lzma
 import os
 import random
 import shutil
@@ -17,6 +16,7 @@ import subprocess
 import pytest
 
 from tests.conftest import directory_named_by
+from tests.distro.blockdevice import is_sound, modules
 from tests.distro.initramfs import archive
 from tests.distro.linux import PATIENCE_S, kernels, ticks, told, wait_for_ticks
 from tests.distro.linux import without_complaint as kernel_is_content
@@ -34,8 +34,6 @@ from xsave.save import save as save_flow
 pytestmark = pytest.mark.slow
 
 MIB = 1 << 20
-#: In the order in which they need one another; a kernel may have some of them built in.
-MODULES = ("crc16", "libcrc32c", "crc32c_generic", "mbcache", "jbd2", "ext4", "xen-blkfront")
 #: A file from before any save and one of each tick are read from the disks again; `persistent`
 #: comes from the command line.
 INIT = b"""#!/busybox sh
@@ -82,28 +80,18 @@ POWEROFF = (
 )
 
 
-def module(directory, name):
-    """A module's bytes, None if the kernel's package has none of that name."""
-    plain, packed = directory / f"{name}.ko", directory / f"{name}.ko.xz"
-    if plain.exists():
-        return plain.read_bytes()
-    return lzma.decompress(packed.read_bytes()) if packed.exists() else None
-
-
 @pytest.fixture(params=kernels())
 def guest(request, tmp_path):
     """(kernel, initial ramdisk); each kernel in turn."""
     directory = directory_named_by("XSAVE_DISTRO_KERNELS")
-    modules = directory / request.param.replace("vmlinuz", "modules")
-    if not (modules.is_dir() and (directory / "busybox").is_file()):
-        pytest.skip(f"no {modules.name} or no static busybox in {directory}")
-    found = {f"{name}.ko": module(modules, name) for name in MODULES}
+    if not (directory / "busybox").is_file():
+        pytest.skip(f"no static busybox in {directory}")
     files = {
         "init": INIT,
         "busybox": (directory / "busybox").read_bytes(),
         "sbin": None,
         "sbin/poweroff": POWEROFF,
-        **{name: data for name, data in found.items() if data is not None},
+        **modules(directory, request.param),
     }
     path = tmp_path / "initrd"
     path.write_bytes(archive(files))
@@ -161,12 +149,6 @@ def cancel_a_save(host, path):
         pytest.raises(StorageError, match="cancelled"),
     ):
         save_flow(domctl, sink.write, commit=fail)
-
-
-def is_sound(image):
-    """Assert that e2fsck finds nothing wrong with a raw image."""
-    if shutil.which("e2fsck"):
-        subprocess.run(["e2fsck", "-fn", str(image)], check=True, capture_output=True)
 
 
 @pytest.mark.parametrize(("vcpus", "persistent"), [(1, 1), (2, 0)])

@@ -9,6 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.guest.rig import FULL, MIB, READ_ONLY, Guest, remove
+from tests.guest.test_cpufeatures import EXTENDED_D as RDTSCP
+from tests.guest.test_cpufeatures import policy
 from xsave.guest.xen import cpuregs
 from xsave.guest.xen.cpuregs import RAX, RBX, RCX, RDX, RIP, RSP
 from xsave.guest.xen.domain import PERDOMAIN_VA
@@ -134,6 +136,7 @@ def test_counted_runs_are_exact(machines):
 
 def test_rdtsc_is_the_domains_clock(guest):
     """rdtsc and rdtscp give the domain's time, not the host's."""
+    guest.domain.policy = policy([(RDTSCP, 27)])
     guest.domain.clock.extend()
     guest.run(b"\x0f\x31")
     assert guest.hv.q[RDX] << 32 | guest.hv.q[RAX] == guest.domain.clock.now()

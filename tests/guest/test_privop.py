@@ -7,6 +7,7 @@ import struct
 import pytest
 
 from tests.guest.rig import Guest
+from tests.guest.test_cpufeatures import LEAF1, policy
 from xsave.guest.xen import cpuregs
 from xsave.guest.xen.context import xsave_fault
 from xsave.guest.xen.cpuregs import FS_BASE, GS_BASE, RAX, RDX, RIP
@@ -21,7 +22,8 @@ REGISTERS = [*LOW, *(f"r{i}" for i in range(8, 16))]
 
 @pytest.fixture
 def kernel(guest):
-    """A guest kernel with a handler for protection faults."""
+    """A guest kernel with a handler for protection faults, that was promised XSAVE."""
+    guest.domain.policy = policy([(LEAF1, 26)])
     guest.gp = guest.set_handler(13)
     guest.power_on()
     return guest

@@ -194,4 +194,4 @@ def test_another_layout_is_noticed(guest):
     with pytest.raises(UnsupportedEmulator):
         stops.locate_stop_flag(0x1000, 5608)
     with pytest.raises(UnsupportedEmulator):
-        Blocks(vcpu._direct, handle + 0x1000)
+        Blocks(vcpu._direct, handle + 0x1000, guest.hv.cpu._cpu)

@@ -217,8 +217,7 @@ class Building:
         domain, arguments = self._unbuilt(), request.arguments
         config, cpuid, msrs, p2m = unpack_blobs(request.blob, 4)
         self._config = config
-        if cpuid:
-            domain.policy = CpuPolicy(cpuid, msrs)
+        domain.policy = CpuPolicy(cpuid, msrs) if cpuid else CpuPolicy.of_emulator()
         mode, khz, nsec, incarnation = arguments["tsc"]
         clock = type(domain.clock)(origin_ns=nsec, khz=khz or domain.clock.khz)
         domain.clock = clock

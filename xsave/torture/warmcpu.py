@@ -52,5 +52,8 @@ class Crossings:
     def cpuid(self) -> None:
         self.hv.cpuid()
 
+    def read(self, address: int, nr: int) -> bytes:
+        return self.hv.read(address, nr)
+
     def rdtsc(self) -> int:
         return self.hv.rdtsc()

@@ -1,9 +1,10 @@
-"""The translated blocks of one page of code, in Unicorn's engine: their links can be cut.
+"""Translated blocks in Unicorn's engine: their links can be cut, and the blocks barred.
 
 A block that ends in a jump to another of its own page is linked to it: the jump's displacement is
 patched, and the engine hears no more of it. Cutting a link puts the displacement back to what the
 translator had put there, a way out to the engine's main loop. That is one aligned store of 32 bits,
-which a thread that runs the block sees either before or after.
+which a thread that runs the block sees either before or after. A block that has not run yet can be
+barred: its code begins with the way out then.
 
 Layout of the pinned release: a map of three levels leads from a page of the emulator's physical
 memory to a PageDesc, whose list of blocks goes through two pages' worth of `page_next` in each
@@ -26,6 +27,11 @@ _PAGE_DESC_BYTES = 24
 #: A block that is longer is none; a list that is longer is being changed.
 _MAX_BYTES, _MAX_BLOCKS = 1 << 16, 8192
 _NO_LINK = 0xFFFF
+#: In the CPU object: TranslationBlock *tb_jmp_cache[4096].
+_JUMP_CACHE, _JUMP_CACHE_LOW, _JUMP_CACHE_HIGH = 312, 0x3F, 0xFC0
+#: In the engine: its TCGContext; in that, where code without a next block leads.
+_TCG_CONTEXT, _EPILOGUE, _EPILOGUE_CODE = 0x300, 0x98, b"\x33\xc0"  # xor eax, eax
+_JUMP, _JUMP_BYTES = b"\xe9", 5
 
 
 class _TranslationBlock(ctypes.Structure):
@@ -50,8 +56,10 @@ class _TranslationBlock(ctypes.Structure):
 class Blocks:
     """The blocks of one engine, by the machine address of the page their code is in."""
 
-    def __init__(self, library: ctypes.PyDLL, engine: int) -> None:
+    def __init__(self, library: ctypes.PyDLL, engine: int, cpu: int) -> None:
+        """cpu: where the engine's CPU object lies. Raises UnsupportedEmulator."""
         self._engine = engine
+        self._jump_cache = cpu + _JUMP_CACHE
         self._forget = library.tb_invalidate_phys_range_x86_64
         self._forget.argtypes = ctypes.c_void_p, ctypes.c_uint64, ctypes.c_uint64
         self._forget.restype = None
@@ -60,10 +68,25 @@ class Blocks:
         if at < 0 or blob.find(_MAP_SHAPE, at + 4) >= 0:
             raise UnsupportedEmulator("this unicorn keeps its blocks elsewhere (2.1.4 is known)")
         self._map = engine + at - _MAP_BEFORE_SHAPE
+        self._epilogue = _word(_word(engine + _TCG_CONTEXT) + _EPILOGUE)
+        if ctypes.string_at(self._epilogue, len(_EPILOGUE_CODE)) != _EPILOGUE_CODE:
+            raise UnsupportedEmulator("this unicorn's code ends otherwise (2.1.4 is known)")
 
     def forget(self, page: int) -> None:
         """Drop all blocks of a page. Only in the thread that runs them."""
         self._forget(self._engine, page, page + (1 << _PAGE_SHIFT))
+
+    def bar(self, address: int) -> None:
+        """Have the block at this address, the last that was translated, lead out of the code at its
+        beginning. Only in the thread that will run it."""
+        mixed = address ^ address >> 6
+        index = mixed >> 6 & _JUMP_CACHE_HIGH | mixed & _JUMP_CACHE_LOW
+        pointer = _word(self._jump_cache + 8 * index)
+        block = _TranslationBlock.from_address(pointer) if pointer else None
+        if block is None or block.pc != address:
+            raise UnsupportedEmulator("the emulator's new block is not where it tells of it")
+        way = (self._epilogue - block.code - _JUMP_BYTES) & 0xFFFFFFFF
+        ctypes.memmove(block.code, _JUMP + struct.pack("<I", way), _JUMP_BYTES)
 
     def cut(self, page: int) -> None:
         """Cut the links between the blocks of a page, from any thread. They are not linked again:

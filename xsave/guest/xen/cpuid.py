@@ -4,9 +4,8 @@ A new domain sees the qemu64 feature set, which every x86-64 host can honour, so
 can be restored anywhere; a restored domain goes on seeing the policy of its image. The policy
 is kept in the form of the X86_CPUID_POLICY record: 24-byte leaves {leaf, subleaf, a, b, c, d}.
 
-What the emulator lacks matters more than with other emulators: unicorn 2.1.4 executes 128-bit
-VEX instructions as their legacy SSE forms, silently wrong, whatever CPUID says. So a guest that
-was promised AVX must not be started unless its user insists.
+What the emulator lacks matters: a guest that was promised AVX finds its programs killed by invalid
+opcodes (vextrap.py), and so must not be started unless its user insists.
 """
 
 from __future__ import annotations
@@ -36,6 +35,16 @@ _DEFAULT_LEAVES: dict[tuple[int, int], Leaf] = {
 }
 # MSR_INTEL_PLATFORM_INFO and MSR_ARCH_CAPABILITIES, both empty: what Xen writes on such a CPU.
 _DEFAULT_MSRS = struct.pack("<IIQIIQ", 0xCE, 0, 0, 0x10A, 0, 0)
+
+#: What the emulator executes of what leaves 1, 7, 0xd and 0x80000001 name: unicorn's CPU model.
+EMULATED: dict[tuple[int, int, int], int] = {
+    (0x1, NO_SUBLEAF, 2): 0xC6D82203,
+    (0x7, 0, 1): 0x389,
+    (0xD, 1, 0): 0x1,
+    (0x80000001, NO_SUBLEAF, 2): 0x21,
+    (0x80000001, NO_SUBLEAF, 3): 0x28100800,
+}
+_XSAVE, _AVX = 1 << 26, 1 << 28
 
 #: Features the emulator does not execute: (leaf, subleaf, register index) -> bit -> name.
 _LACKING: dict[tuple[int, int, int], dict[int, str]] = {
@@ -116,18 +125,40 @@ class CpuPolicy:
     def __init__(self, cpuid: bytes, msrs: bytes) -> None:
         self.cpuid = cpuid
         self.msrs = msrs
-        self._leaves = parse_policy(cpuid)
+        self.leaves = parse_policy(cpuid)
 
     @classmethod
     def default(cls) -> CpuPolicy:
         body = b"".join(struct.pack("<6I", *key, *leaf) for key, leaf in _DEFAULT_LEAVES.items())
         return cls(body, _DEFAULT_MSRS)
 
+    @classmethod
+    def of_emulator(cls) -> CpuPolicy:
+        """All that the emulator has, but for XSAVE: of a guest whose image, of a Xen before 4.14,
+        says nothing of what it was promised. It was its host's CPU, so it goes on to be that."""
+        leaves = dict(_DEFAULT_LEAVES)
+        for (leaf, subleaf, register), word in EMULATED.items():
+            if leaf != 0xD:
+                words = list(leaves.get((leaf, subleaf), (0, 0, 0, 0)))
+                words[register] |= word & ~_XSAVE if leaf == 1 else word
+                leaves[leaf, subleaf] = (words[0], words[1], words[2], words[3])
+        body = b"".join(struct.pack("<6I", *key, *leaves[key]) for key in sorted(leaves))
+        return cls(body, _DEFAULT_MSRS)
+
+    def promises_avx(self) -> bool:
+        return bool(self.leaves.get((0x1, NO_SUBLEAF), (0, 0, 0, 0))[2] & _AVX)
+
+    def executes(self, leaf: int, subleaf: int, register: int) -> int:
+        """Return the features that a register of a leaf names, the guest was promised, and the
+        emulator has."""
+        promised = self.leaves.get((leaf, subleaf), (0, 0, 0, 0))[register]
+        return promised & EMULATED[leaf, subleaf, register]
+
     def leaf(self, leaf: int, subleaf: int, *, khz: int, osxsave: bool) -> Leaf:
         """Answer CPUID. Unknown leaves are zero, as on a CPU that does not have them."""
         if XEN_LEAVES <= leaf < XEN_LEAVES + 0x100:
             return _xen_leaf(leaf - XEN_LEAVES, subleaf, khz)
-        a, b, c, d = self._leaves.get((leaf, subleaf)) or self._leaves.get(
+        a, b, c, d = self.leaves.get((leaf, subleaf)) or self.leaves.get(
             (leaf, NO_SUBLEAF), (0, 0, 0, 0)
         )
         if leaf == 1:

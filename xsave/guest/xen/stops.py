@@ -63,7 +63,7 @@ class Stops:
     def __init__(self, library: ctypes.PyDLL, engine: int, cpu: int, context_bytes: int) -> None:
         self._engine = engine
         self._helper = _helper_flags(library._name)
-        self._blocks = Blocks(library, engine)
+        self._blocks = Blocks(library, engine, cpu)
         self._stop = library.uc_emu_stop
         self._stop.argtypes, self._stop.restype = [ctypes.c_void_p], None
         flag = locate_stop_flag(engine, context_bytes)
@@ -88,6 +88,12 @@ class Stops:
 
     def stop(self) -> None:
         """End the run at this crossing, from a hook. From elsewhere: when it comes to the next."""
+        self._stop(self._engine)
+
+    def stop_before(self, address: int) -> None:
+        """End the run before the first instruction of the block at this address, of which the
+        engine is telling that it is new. The block is of no use afterwards."""
+        self._blocks.bar(address)
         self._stop(self._engine)
 
     def interrupt(self, pages: Iterable[int]) -> None:

@@ -4,7 +4,7 @@ The emulator's physical memory is the machine's memory, so cr3 and page-table en
 mfns and the emulator's own MMU walks them, sets A/D bits and faults. The guest kernel runs at
 CPL 3 as under Xen; `syscall` is the door to the hypercalls, every other crossing is an exception.
 This module knows instructions and registers, not hypercalls: it calls the methods of the `handler`
-it is given (syscall, sysenter, exception, software_interrupt, invalid_opcode, cpuid).
+it is given (syscall, sysenter, exception, software_interrupt, invalid_opcode, cpuid, read).
 
 Facts that cost hours, and where they show here:
 * cs/ss/cpl are set once by a sysretq at CPL 0 (`_enter_cpl3`); later selector writes change the
@@ -33,6 +33,7 @@ from typing import Any, Protocol
 from unicorn import (
     UC_ARCH_X86,
     UC_HOOK_CODE,
+    UC_HOOK_EDGE_GENERATED,
     UC_HOOK_INSN,
     UC_HOOK_INSN_INVALID,
     UC_HOOK_INTR,
@@ -46,8 +47,12 @@ from unicorn.unicorn_const import UC_CTL_IO_WRITE, UC_CTL_TLB_FLUSH
 from unicorn.unicorn_py3.unicorn import uclib
 
 from xsave.guest.xen import cpuregs
+from xsave.guest.xen.cpufeatures import CpuFeatures
+from xsave.guest.xen.cpuid import CpuPolicy
+from xsave.guest.xen.guestmem import GuestFault
 from xsave.guest.xen.machine import Machine
 from xsave.guest.xen.stops import Stops
+from xsave.guest.xen.vextrap import USER_END, VexTrap
 
 FLAT_RING3_CS64 = 0xE033
 FLAT_RING3_SS64 = 0xE02B
@@ -97,6 +102,7 @@ class Handler(Protocol):
     def software_interrupt(self, vector: int) -> None: ...
     def invalid_opcode(self) -> bool: ...
     def cpuid(self) -> None: ...
+    def read(self, address: int, nr: int) -> bytes: ...
 
 
 class EmulatorFault(Exception):
@@ -106,8 +112,12 @@ class EmulatorFault(Exception):
 class Cpu:
     """One emulated processor. `q` is a live view of its registers (indices in cpuregs)."""
 
-    def __init__(self, machine: Machine, scratch_mfn: int, handler: Handler) -> None:
+    def __init__(
+        self, machine: Machine, scratch_mfn: int, handler: Handler, policy: CpuPolicy
+    ) -> None:
+        """policy: of the guest that the CPU is for; it has no instructions but those."""
         self.machine = machine
+        self._policy = policy
         self._scratch = scratch_mfn << 12
         self._uc = Uc(UC_ARCH_X86, UC_MODE_64)
         address = ctypes.addressof(ctypes.c_char.from_buffer(machine.map))
@@ -116,6 +126,7 @@ class Cpu:
         self._cpu, state = self._locate()
         self.state = cpuregs.CpuState(state)
         self.q = self.state.q
+        self._features = CpuFeatures(self.q)
         self._word = ctypes.c_uint64(0)
         self._word_ref = ctypes.byref(self._word)
         context_bytes = uclib.uc_context_size(self._handle)
@@ -126,6 +137,18 @@ class Cpu:
         self._bringing_up = True
         self.handler = handler
         self._hook(handler)
+        self._stopping = False
+        self._vex = self._watch_vex(everywhere=policy.promises_avx())
+
+    def _watch_vex(self, *, everywhere: bool) -> VexTrap:
+        """everywhere: in the upper half of the address space too."""
+        vex = VexTrap(self.handler.read, GuestFault, lambda: self.compat, self._stops.stop_before)
+        first, last = (1, 0) if everywhere else (0, USER_END)
+        uclib.uc_hook_add(
+            self._handle, ctypes.byref(ctypes.c_size_t()), UC_HOOK_EDGE_GENERATED, vex.look, None,
+            ctypes.c_uint64(first), ctypes.c_uint64(last),
+        )  # fmt: skip
+        return vex
 
     def _locate(self) -> tuple[int, int]:
         saved = [self._uc.reg_read(r) for r in _GPR8]
@@ -183,6 +206,8 @@ class Cpu:
         """
         uc = self._uc
         self._bringing_up = True
+        self._features.have_all()
+        self._vex.watching = False
         uc.context_restore(self._reset)
         uc.ctl(UC_CTL_TLB_FLUSH, UC_CTL_IO_WRITE)  # a cr3 write flushes with paging on only
         uc.reg_write(x86.UC_X86_REG_CR4, uc.reg_read(x86.UC_X86_REG_CR4) | _CR4_ALWAYS | cr4)
@@ -193,7 +218,8 @@ class Cpu:
         uc.reg_write(x86.UC_X86_REG_CR3, cr3)
         uc.reg_write(x86.UC_X86_REG_CR0, _CR0)
         uc.reg_write(x86.UC_X86_REG_GDTR, (0, gdt_base, 0xFFFF, 0))
-        self._bringing_up = False
+        self._features.have_promised(self._policy, xsave=bool(xcr0))
+        self._bringing_up, self._vex.watching = False, True
 
     def park(self, state: Any) -> Any:
         """Return the whole CPU state; `state` is an older one to reuse, or None. Only good in
@@ -239,7 +265,18 @@ class Cpu:
     # -- running ---
 
     def run(self, count: int = 0) -> None:
-        """Run from the current rip until stop(); count > 0: exactly that many instructions."""
+        """Run from the current rip until stop(); count > 0: exactly that many instructions, fewer
+        only if one of them is VEX-coded."""
+        self._stopping = False
+        while True:
+            self._start(count)
+            if self._vex.found is None:
+                return
+            self._trap_vex()
+            if count or self._stopping:
+                return
+
+    def _start(self, count: int) -> None:
         if bool(count) != self._counted:
             self._forget_code(counted=bool(count))
         self._stops.begin(looking=self._counted or bool(self._watches))
@@ -247,6 +284,23 @@ class Cpu:
             self._uc.emu_start(self.q[cpuregs.RIP], 0, 0, count)
         except UcError as e:
             raise EmulatorFault(str(e)) from e
+
+    def _trap_vex(self) -> None:
+        """Before a block with a VEX-coded instruction: come to that, and raise #UD there, unless
+        what comes before it has led elsewhere."""
+        vex = self._vex
+        found, vex.found = vex.found, None
+        if found is None:
+            return
+        block, nr_before, address = found
+        if nr_before and self.q[cpuregs.RIP] == block:
+            self._forget_code(counted=True)  # the block is barred
+            vex.watching = False
+            self._start(nr_before)
+            vex.watching = True
+        self._forget_code(counted=self._counted)  # of which the block was a part each time
+        if self.q[cpuregs.RIP] == address:
+            self.handler.invalid_opcode()
 
     def _forget_code(self, *, counted: bool) -> None:
         """Drop all translations, and translate for counted runs, or for free ones, from now on.
@@ -258,12 +312,14 @@ class Cpu:
 
     def stop(self) -> None:
         """End run() at this crossing, from a hook."""
+        self._stopping = True
         self._stops.stop()
 
     def interrupt(self, pages: Iterable[int]) -> None:
         """End run() from another thread, before the next instruction of some block or other; to be
         called every few milliseconds until it has ended. pages: machine addresses of the page that
         rip is in and of the one behind it."""
+        self._stopping = True
         self._stops.interrupt(pages)
 
     def watch(self, first: int, last: int, see: Callable[[int], None]) -> Callable[[], None]:
