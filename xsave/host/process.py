@@ -73,6 +73,7 @@ class DomainProcess:
             or self._operations.deadline_s() == 0.0
             or self._another_waits()
             or self.running.disks.has_done()
+            or self.running.throttle.rest_s() > 0.0
         )
 
     def _another_waits(self) -> bool:
@@ -106,6 +107,8 @@ class DomainProcess:
                 break
             if not self._runnable():
                 self._wait(self._operations.deadline_s())
+            elif rest_s := self.running.throttle.rest_s():
+                self._wait(rest_s)
             else:
                 self._run_guest()
         self._control.drain(_LAST_WORDS_S)

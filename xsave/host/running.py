@@ -15,6 +15,7 @@ from xsave.guest.xen.hypervisor import Hypervisor
 from xsave.guest.xen.machine import Machine
 from xsave.host.control import Control
 from xsave.host.disk.disks import Disks
+from xsave.host.throttle import Throttle
 
 
 class RunningDomain:
@@ -34,6 +35,7 @@ class RunningDomain:
         self.control = control
         self.hypervisor: Hypervisor | None = None
         self.disks = Disks([], self.disk_done)
+        self.throttle = Throttle()
         self.paused = True
         self.builtin = False
         self.finished = False

@@ -19,6 +19,7 @@ import numpy as np
 
 from xsave.errors import ConnectionLost, XsaveError
 from xsave.frames import TYPE_PIN
+from xsave.guest.xen.logdirty import COMPARE, CompareLog, LogDirty, WrittenLog
 from xsave.guest.xen.machine import XEN_FRAMES, Machine
 from xsave.guest.xen.wire import (
     pack_blobs,
@@ -245,6 +246,32 @@ class Domctl:
         inside = mfns < self.machine.nr_frames
         safe = np.where(inside, mfns, 0)
         return inside & (self.machine.owner[safe] == self.domid)
+
+    # -- the log of dirty frames, for a migration ---
+
+    def log_dirty(self, kind: str = "auto") -> LogDirty:
+        """Turn the log on (XEN_DOMCTL_SHADOW_OP_ENABLE_LOGDIRTY): userfaultfd, compare or auto.
+
+        It ends with this connection at the latest. Raises GuestStateError if another has it,
+        StorageError if this kind cannot be had.
+        """
+        message, _ = self._call("logdirty", action="enable", kind=kind)
+
+        def ask(action: str) -> bytes:
+            return self._call("logdirty", action=action)[1]
+
+        if message["kind"] == COMPARE:
+            return CompareLog(self.machine, self.domid, ask)
+        return WrittenLog(self.machine, ask)
+
+    def mark_dirty(self, mfns: np.ndarray) -> None:
+        """Say that frames of a running domain were written through a mapping that is not its
+        process's: the log does not see that by itself."""
+        self._call("logdirty", mfns.astype("<u8").tobytes(), action="mark")
+
+    def throttle(self, percent: int) -> None:
+        """Let the vCPUs rest for so much of the time, while the log of this connection is on."""
+        self._call("throttle", percent=percent)
 
     # -- building, for a restore ---
 
