@@ -206,7 +206,10 @@ class Operations:
         self._suspension.resume()
         self._running.paused = False
         domain.clock.extend()
-        return self.op_info(request)  # before the guest's first instruction, which takes a moment
+        if domain.never_run:
+            domain.start()
+        answer, blob = self.op_info(request)
+        return answer | {"resumed_ns": domain.clock.wall_ns()}, blob
 
     def _check_alive(self) -> None:
         """Raise GuestStateError if there is nobody to ask, now or when it goes on."""

@@ -125,7 +125,7 @@ class DomainProcess:
         domain, hv = self._domain, self.running.xen
         try:
             if not hv.powered:
-                self._first_run()
+                self.running.power_on()
             domain.serve_console()
             domain.serve_store()
             domain.run_timers(domain.clock.now())
@@ -146,13 +146,6 @@ class DomainProcess:
         if not hv.vcpu.blocked:
             domain.clock.slice()
         self._operations.after_run()
-
-    def _first_run(self) -> None:
-        """The first unpause: from here on the clocks run and the state is the guest's."""
-        domain = self._domain
-        domain.start()
-        self.running.xen.power_on()
-        self.running.xen.hands_over = len(domain.vcpus) > 1 and not domain.clock.virtual
 
     def _next_vcpu(self) -> Vcpu | None:
         """Return the next runnable vCPU after the one that ran last, round robin."""

@@ -19,7 +19,7 @@ import numpy as np
 
 from xsave.errors import ConnectionLost, XsaveError
 from xsave.frames import TYPE_PIN
-from xsave.guest.xen.logdirty import COMPARE, CompareLog, LogDirty, WrittenLog
+from xsave.guest.xen.logdirty import COMPARE, KINDS, CompareLog, LogDirty, WrittenLog
 from xsave.guest.xen.machine import XEN_FRAMES, Machine
 from xsave.guest.xen.wire import (
     pack_blobs,
@@ -31,6 +31,8 @@ from xsave.guest.xen.wire import (
 )
 
 _TABLE_LEVELS = 4
+#: What log_dirty() takes: the best there is, or this one.
+DIRTY_LOGS = ("auto", *KINDS)
 _ABANDON_TIMEOUT_S = 20.0
 
 
@@ -93,6 +95,7 @@ class Domctl:
         self._beginning = False  # begin() was sent, its answer not yet read
         self._shared_info_mfn = 0
         self._frame_order: int | None = None
+        self.suspended_ns = self.resumed_ns = 0
 
     def __enter__(self) -> Domctl:
         return self
@@ -151,8 +154,9 @@ class Domctl:
         self._call("pause")
 
     def unpause(self) -> DomainInfo:
-        """Let it run; return what it is from then on."""
+        """Let it run; return what it is from then on. resumed_ns is the guest's wall clock then."""
         message, _ = self._call("unpause")
+        self.resumed_ns = int(message["resumed_ns"])
         return self._info(message)
 
     def destroy(self) -> None:
@@ -177,9 +181,12 @@ class Domctl:
         """Ask the guest to suspend and wait until it has; `on_stage` hears the steps.
 
         Raises SuspendFailed; the guest then runs on. A domain restored paused that never ran is
-        suspended as it is, without a handshake.
+        suspended as it is, without a handshake. suspended_ns is the guest's wall clock at its
+        suspend, as Xen gives it to the guest (wc_* of shared_info and the system time), 0 if it
+        never ran.
         """
-        self._call("suspend", on_event=on_stage)
+        message, _ = self._call("suspend", on_event=on_stage)
+        self.suspended_ns = int(message.get("suspended_ns", 0))
 
     def resume(self, *, paused: bool = False) -> None:
         """Let a suspended guest go on in place; its hypercall returns 1 (cancelled)."""
@@ -286,13 +293,14 @@ class Domctl:
         builtin: bool = False,
         disks: Sequence[object] = (),
         disks_later: bool = False,
+        warm: bool = False,
         seed: int | None = None,
     ) -> None:
         """Make the empty domain; a ballooned guest keeps to target_pages, and one
         with vCPUs offline to available_vcpus (all, if None).
 
         disks: as a libxl_domain_config has them; they are opened here, or, with disks_later, only
-        looked at: attach_disks() opens them.
+        looked at: attach_disks() opens them. warm: there is time now for what the first run needs.
 
         The built-in kernel leaves no frame number behind, so its images are the same whatever
         frames it had. Linux does, in stacks and in pages that it uses no more: for two of its
@@ -313,6 +321,7 @@ class Domctl:
             "builtin": builtin,
             "disks": list(disks),
             "disks_later": disks_later,
+            "warm": warm,
             "frame_order": self._frame_order,
             "xen_frames": self.populate(XEN_FRAMES).tolist(),
         }

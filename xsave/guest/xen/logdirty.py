@@ -36,6 +36,9 @@ class LogDirty(Protocol):
     kind: str
     pages: np.ndarray
 
+    def touched(self, mfns: np.ndarray) -> np.ndarray:
+        """Return (n,) bool: False for those whose rows of `pages` hold zeros."""
+
     def peek(self) -> np.ndarray:
         """Return the frames written since the last clean(), (nr_frames,) bool."""
 
@@ -53,6 +56,7 @@ class WrittenLog:
 
     def __init__(self, machine: Machine, ask: Callable[[str], bytes]) -> None:
         self.pages = machine.mem
+        self.touched = machine.resident
         self._nr_frames = machine.nr_frames
         self._ask = ask
 
@@ -86,6 +90,9 @@ class CompareLog:
         self._map = mmap.mmap(-1, len(machine.map), flags=flags)
         self.pages = np.frombuffer(self._map, np.uint64).reshape(-1, 512)
         self._copied = np.zeros(machine.nr_frames, bool)
+
+    def touched(self, mfns: np.ndarray) -> np.ndarray:
+        return np.asarray(self._copied[mfns])
 
     def peek(self) -> np.ndarray:
         return self._compare(copy=False)
