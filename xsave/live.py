@@ -34,6 +34,8 @@ from xsave.save import Seen, Writer
 
 _INVALID = np.uint64(INVALID_P2M_ENTRY)
 _NEVER = np.uint8(0xFF)
+#: Of so few pages nobody asks which were ever touched: to ask takes longer than to look.
+_FEW_PAGES = 4096
 #: A running guest may be just about to publish another p2m: look again, so often and after so long.
 _LOOKS, _LOOK_AGAIN_S = 10, 0.003
 
@@ -47,6 +49,17 @@ class Round:
     deferred_pages: int
     nr_bytes: int
     seconds: float
+
+
+class AllTouched:
+    """The log's pages, none of which is known to be zero."""
+
+    def __init__(self, log: LogDirty) -> None:
+        self.pages = log.pages
+
+    def touched(self, mfns: np.ndarray) -> np.ndarray:
+        """Return (n,) bool."""
+        return np.ones(mfns.size, bool)
 
 
 class LiveWriter(Writer):
@@ -184,7 +197,8 @@ class LiveWriter(Writer):
 
         self._send(
             Gatherer(
-                self._domctl, self._p2m, types, patches, pfns=pfns, frames=self._log,
+                self._domctl, self._p2m, types, patches, pfns=pfns,
+                frames=self._log if pfns.size > _FEW_PAGES else AllTouched(self._log),
                 unsent=self._unsent if self._zeroes else None,
             )
         )  # fmt: skip

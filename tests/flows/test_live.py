@@ -256,3 +256,20 @@ def test_there_and_back(host, target):
         host, target = target, host
         runs_on(host)
     moved(target, host)
+
+
+def test_a_linux(host, target, micro_linux, kind, monkeypatch):
+    """A Linux of two vCPUs that was not made for this: the same, page by page, and it goes on."""
+    oracle = Oracle(monkeypatch, target)
+    kernel, ramdisk = map(str, micro_linux)
+    cmdline = "console=hvc0 rdinit=/init loglevel=4"
+    options = {"kernel": kernel, "ramdisk": ramdisk, "memory_bytes": 32 * MIB, "vcpus": 2}
+    create(host, cmdline=cmdline, **options)
+    wait_for(lambda: "TICK 2 " in console(host), 60)
+    result = migrate_live(host, target, dirty_log=kind)
+    assert oracle.found.different == ()
+    assert result.nr_rounds > 1
+    assert state(host) is None
+    last = console(target)
+    wait_for(lambda: console(target).count("TICK") > last.count("TICK") + 1, 60)
+    nothing_is_left(host)
