@@ -236,12 +236,77 @@ def test_migrate(guest):
     """The only domain of the host needs no name; it runs there and no longer here."""
     guest.ok("host", "add", "h", "--memory", "64M")
     wait_for(lambda: b"TICK 1" in log(guest))
-    answer = guest.json("migrate", "--to", "h")
-    assert (answer["name"], answer["host"]) == ("g", "h")
+    events = [
+        json.loads(line) for line in guest.ok("migrate", "--to", "h", "--json").out.splitlines()
+    ]
+    answer = events[-1]
+    assert (answer["name"], answer["host"], answer["outcome"]) == ("g", "h", "migrated")
     assert answer["downtime_ns"] > 0
+    assert answer["guest_downtime_ns"] > 0
+    assert answer["total_ns"] > answer["downtime_ns"]
+    assert answer["bytes_sent"] > 0
+    assert answer["nr_rounds"] == 1 + sum(event.get("event") == "round" for event in events)
+    assert [event["action"] for event in events if event.get("event") == "decided"][-1] == (
+        "stop-and-copy"
+    )
     assert domains(guest) == {}
     assert domains(guest, "--host", "h")["g"]["state"] == "running"
     wait_for(lambda: b"TICK" in log(guest, "--host", "h"))
+
+
+def test_migrate_that_is_cancelled(guest):
+    """6, the last line says what became of it, and the guest runs on here."""
+    guest.ok("host", "add", "h", "--memory", "64M")
+    options = ["--downtime", "1", "--timeout", "0.01", "--on-timeout", "cancel"]
+    result = guest("migrate", "g", "--to", "h", *options, "--json")
+    assert result.code == 6
+    answer = json.loads(result.out.splitlines()[-1])
+    assert (answer["outcome"], answer["exit_code"]) == ("cancelled", 6)
+    assert "0.01 s are over" in result.err
+    assert domains(guest)["g"]["state"] == "running"
+    assert domains(guest, "--host", "h") == {}
+
+
+@pytest.mark.parametrize("log_kind", ["compare", "auto"])
+def test_dry_run_of_a_migration(guest, monkeypatch, log_kind):
+    """It says how it would go, and nothing moves."""
+    monkeypatch.setenv("XSAVE_DIRTY_LOG", log_kind)
+    guest.ok("host", "add", "h", "--memory", "64M")
+    answer = guest.json("migrate", "g", "--to", "h", "--dry-run")
+    assert answer["outcome"] == "stop-and-copy"
+    assert 0 < answer["downtime_ns"] < answer["total_ns"]
+    assert log_kind in ("auto", answer["dirty_log"])
+    assert domains(guest)["g"]["state"] == "running"
+    assert domains(guest, "--host", "h") == {}
+    assert b"downtime" in guest.ok("migrate", "g", "--to", "h", "--dry-run", "--compress").out
+
+
+@pytest.mark.parametrize("number", [2, 3, 4, 6])
+def test_ctrl_c_of_a_migration(guest, number):
+    """SIGINT behind one of its events: 130, and the guest runs on here, nothing is there; or it
+    came too late and it runs there."""
+    guest.ok("host", "add", "h", "--memory", "64M")
+    with guest.start("migrate", "g", "--to", "h", "--json") as process:
+        for _ in range(number):
+            process.stdout.readline()
+        process.send_signal(signal.SIGINT)
+        rest = process.stdout.read().splitlines()
+        code = process.wait(60)
+    here, there = domains(guest), domains(guest, "--host", "h")
+    if code == 130:
+        assert json.loads(rest[-1])["outcome"] == "interrupted"
+        assert here["g"]["state"] == "running"
+        assert there == {}
+    else:
+        assert (code, here) in ((0, {}), (9, here))
+        assert code == 9 or there["g"]["state"] == "running"
+
+
+def test_options_of_migrate_exclude_each_other(guest, monkeypatch):
+    """2, before anything happens."""
+    assert guest("migrate", "g", "--to", "localhost", "--no-live", "--dry-run").code == 2
+    monkeypatch.setenv("XSAVE_DIRTY_LOG", "dbits")
+    assert guest("migrate", "g", "--to", "localhost").code == 2
 
 
 def test_migrate_wants_a_name_where_there_are_two(guest):

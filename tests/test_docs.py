@@ -23,6 +23,8 @@ from xsave.image.info import summary
 from xsave.image.stream import StreamDecoder
 from xsave.image.verify import RULES
 from xsave.migrate import MigrateResult
+from xsave.progress import Decided, Round
+from xsave.rounds import DryRun
 from xsave.save import SaveResult
 
 README = (ROOT / "README.md").read_text()
@@ -173,7 +175,11 @@ def test_json_keys(xsave_home):
     expected = {
         "list": keys(DomainInfo),
         "save": keys(SaveResult),
-        "migrate": keys(MigrateResult) | {"name", "host"},
+        "migrate": keys(MigrateResult)
+        | keys(DryRun)
+        | keys(Round)
+        | keys(Decided)
+        | {"name", "host"},
         "info": set(open_host().info()),
         "host": set(describe(add_host("a"))),
         "image": set(summary(StreamDecoder(reader(image("xl"))))),

@@ -74,7 +74,7 @@ def test_records_are_those_of_a_page_by_page_save(kinds, seed, some):
     pages[patched] = content
     nothing = (np.empty(0, np.uint64), np.empty((0, 512), np.uint64))
     patches = Patches.of([nothing, (patched, content)])
-    gatherer = Gatherer(domctl, p2m, types, patches.within)
+    gatherer = Gatherer(domctl, p2m, types, patches.among)
     done = 0
     for batch in gatherer:
         pfns = np.arange(done, batch.end_pfn, dtype=np.uint64)

@@ -31,6 +31,7 @@ LAYERS = {
         "xsave.save",
         "xsave.restore",
         "xsave.migrate",
+        "xsave.precopy",
         "xsave.compare",
         "xsave.image",
         "xsave.host",
@@ -50,9 +51,15 @@ LAYERS = {
     "xsave.migrate": {
         "xsave.save",
         "xsave.restore",
+        "xsave.live",
+        "xsave.precopy",
+        "xsave.rounds",
         "xsave.host",
         "xsave.guest.xen.domctl",
     },
+    "xsave.precopy": set(),
+    "xsave.rounds": {"xsave.live", "xsave.precopy", "xsave.guest.xen.domctl"},
+    "xsave.live": FLOW | {"xsave.save", "xsave.p2m", "xsave.gathering", "xsave.guest.xen.logdirty"},
     "xsave.save": FLOW | {"xsave.p2m", "xsave.gathering"},
     "xsave.gathering": FLOW,
     "xsave.restore": FLOW

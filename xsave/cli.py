@@ -39,8 +39,8 @@ COMMANDS = {
     "vcpu-set": "tuning:vcpu_set",
     "save": "flows:save",
     "restore": "flows:restore",
-    "migrate": "flows:migrate",
-    "migrate-receive": "flows:migrate_receive",
+    "migrate": "migration:migrate",
+    "migrate-receive": "migration:migrate_receive",
     "host": "host:host",
     "image": "image:image",
     "demo": "demo:demo",
@@ -150,8 +150,12 @@ def _fail(message: str, code: int, ctx: click.Context | None, args: list[str]) -
         settings = (ctx and ctx.find_object(Settings)) or Settings()
         # A usage error comes before the command could claim stdout: any "-" may stand for it.
         data_on_stdout = settings.stdout_is_data or (code == UsageError.exit_code and "-" in args)
+        answer = {"error": message, "exit_code": code}
         with suppress(OSError, XsaveError):
-            console.emit_json({"error": message, "exit_code": code}, stderr=data_on_stdout)
+            if settings.failure:
+                console.emit_json_line(answer | settings.failure)
+            else:
+                console.emit_json(answer, stderr=data_on_stdout)
     return code
 
 

@@ -17,7 +17,7 @@ from dataclasses import asdict
 from typing import Any, TextIO
 
 from xsave.errors import StorageError
-from xsave.progress import Event, Finished, Pages, Report, Stage, ignore
+from xsave.progress import Decided, Event, Finished, Pages, Report, Round, Stage, ignore
 
 PAGE_SIZE = 4096
 
@@ -26,6 +26,11 @@ def emit_json(obj: object, *, stderr: bool = False) -> None:
     """Write one JSON document and a newline; numpy integers count as integers."""
     text = json.dumps(obj, indent=2, default=_plain)
     _write(sys.stderr if stderr else sys.stdout, text + "\n")
+
+
+def emit_json_line(obj: object) -> None:
+    """Write one JSON document as one line on stdout."""
+    _write(sys.stdout, json.dumps(obj, default=_plain) + "\n")
 
 
 def table(
@@ -81,16 +86,36 @@ def progress(mode: str = "auto", *, quiet: bool = False, verbose: bool = False) 
 
 def report_json(event: Event) -> None:
     """Write an event as one JSON line on stderr: `event` is its class, then its fields."""
-    fields = {"event": type(event).__name__.lower(), **asdict(event)}
-    _write(sys.stderr, json.dumps(fields, default=_plain) + "\n")
+    _write(sys.stderr, json.dumps(event_fields(event), default=_plain) + "\n")
+
+
+def event_fields(event: Event) -> dict[str, Any]:
+    """Return an event as a JSON object: `event` is its class, then its fields."""
+    return {"event": type(event).__name__.lower(), **asdict(event)}
 
 
 def report_lines(event: Event) -> None:
-    """Write stages and ends, not pages, as plain lines on stderr."""
+    """Write all but pages as plain lines on stderr."""
     if isinstance(event, Stage):
         say(f"{event.operation}: {event.name}{_detail(event.detail)}")
     elif isinstance(event, Finished):
         say(finished_line(event))
+    elif isinstance(event, Round):
+        say(f"{event.operation}: {round_line(event)}")
+    elif isinstance(event, Decided):
+        say(f"{event.operation}: {event.action}: {event.reason}")
+
+
+def round_line(event: Round) -> str:
+    """Say what a round did, in columns."""
+    deferred = f", {event.deferred_pages} deferred" if event.deferred_pages else ""
+    return (
+        f"round {event.number:2}: {event.nr_pages:8} pages ({event.zero_pages} empty{deferred}), "
+        f"{human_bytes(event.nr_bytes):>9} in {event.seconds:6.2f} s "
+        f"({human_bytes(int(event.bandwidth))}/s); written meanwhile: {event.pending_pages:7} "
+        f"pages ({human_bytes(int(event.dirty_rate))}/s); "
+        f"downtime now: {event.estimated_downtime_s * 1000:.0f} ms"
+    )
 
 
 def finished_line(event: Finished) -> str:
@@ -210,6 +235,12 @@ def _terminal_progress() -> Iterator[Report]:
                 total=(total or None) and total * PAGE_SIZE,
                 pages=f"{done}/{total} pages ({event.zero_pages} empty)",
             )
+            return
+        if isinstance(event, Round):
+            bar.console.print(f"  {escape(round_line(event))}", highlight=False)
+            return
+        if isinstance(event, Decided):
+            bar.console.print(f"  {escape(f'{event.action}: {event.reason}')}", highlight=False)
             return
         end_stage()
         if isinstance(event, Stage):

@@ -100,6 +100,13 @@ class GuestStateError(XsaveError):
     exit_code = 6
 
 
+class MigrationCancelled(XsaveError):
+    """The guest writes faster than it can be moved within what was asked for; it runs on as
+    before."""
+
+    exit_code = 6
+
+
 class StorageError(XsaveError):
     """Reading or writing failed, or there is no room: a file, a pipe, the runtime directory."""
 

@@ -1,11 +1,14 @@
 """migrate: a running guest moves to another host; at no moment two copies run.
 
-The simplest honest form: suspend, stream, hand over, destroy the source (no live rounds yet).
+    live     log-dirty on -> rounds until the policy says stop (rounds.py) -> suspend -> the rest
+             -> hand-over
+    no live  suspend -> all of it -> hand-over
+
 The conversation is xl's (host/handshake.py). What xl leaves open is closed by the order of
 steps: before GO is sent the source's process is told to hold, so that from then on nothing but
 an explicit word resumes it, whatever becomes of this process:
 
-    before GO   any failure: the source resumes, the receiver removes its copy
+    before GO   any failure: the log is off, the source goes on, the receiver removes its copy
     after GO    report 0: the source is destroyed
                 report not 0 and permission: the source resumes
                 no report: HandoverUndecided; the source stays suspended, held
@@ -15,11 +18,12 @@ from __future__ import annotations
 
 import time
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from xsave.errors import (
     ConnectionLost,
     HandoverUndecided,
+    MigrationCancelled,
     StorageError,
     UsageError,
     XsaveError,
@@ -28,10 +32,12 @@ from xsave.guest.xen.domctl import DomainInfo, Domctl
 from xsave.host import handshake
 from xsave.host.channel import open_source
 from xsave.host.host import Host
-from xsave.host.sink import DescriptorSink
-from xsave.host.transport import Receiver
+from xsave.host.transport import Channel, Receiver, measured_bandwidth
+from xsave.live import LiveWriter
+from xsave.precopy import CANCEL, Limits
 from xsave.progress import Event, Finished, Report, Stage, ignore
 from xsave.restore import MakeDomain, Source, restore
+from xsave.rounds import DryRun, Precopy, dry_run
 from xsave.save import Writer
 
 BANNER_TIMEOUT_S = 30.0
@@ -42,27 +48,59 @@ INCOMING_SUFFIX = "--incoming"
 
 
 @dataclass(frozen=True)
-class MigrateResult:
-    """What a migration did. downtime_ns: from the suspend to the report."""
+class Options:
+    """How to migrate.
 
+    bandwidth: bytes a second at most; dirty_log: userfaultfd, compare or auto, what there is.
+    """
+
+    live: bool = True
+    limits: Limits = field(default_factory=Limits)
+    bandwidth: float | None = None
+    compress_level: int | None = None
+    cpu_mismatch: str = "refuse"
+    dirty_log: str = "auto"
+
+
+@dataclass(frozen=True)
+class MigrateResult:
+    """What a migration did. nr_pages counts each page as often as it was sent; bytes_sent are
+    those on the wire, total_ns from the first connection to the end.
+
+    downtime_ns is the host's: from when it knew of the suspend to the receiver's report.
+    guest_downtime_ns is the guest's: the difference of its wall clock (Xen's, of shared_info, and
+    the system time) between its suspend and its first moment at the target.
+    """
+
+    outcome: str
+    dirty_log: str | None
+    nr_rounds: int
     nr_pages: int
     bytes_sent: int
+    memory_bytes: int
     total_ns: int
     downtime_ns: int
+    guest_downtime_ns: int
 
 
 def migrate(
-    domctl: Domctl, target: Host, *, cpu_mismatch: str = "refuse", report: Report = ignore
+    domctl: Domctl,
+    target: Host,
+    options: Options | None = None,
+    *,
+    report: Report = ignore,
 ) -> MigrateResult:
     """Move the guest to the host `target`.
 
-    Raises SuspendFailed, StorageError (the guest runs on here), HandoverUndecided.
+    Raises MigrationCancelled, SuspendFailed, StorageError (the guest runs on here),
+    HandoverUndecided.
     """
     if target.directory == domctl.machine.directory:
         raise UsageError(f"the domain is on host {target.name} already")
     started = time.monotonic_ns()
-    with Receiver(target, cpu_mismatch) as receiver:
-        result = Sender(domctl, receiver, report).run()
+    options = options or Options()
+    with Receiver(target, options.cpu_mismatch) as receiver:
+        result = Sender(domctl, receiver, options, report).run()
     result = replace(result, total_ns=time.monotonic_ns() - started)
     seconds = result.total_ns / 1e9
     downtime = f"downtime {result.downtime_ns / 1e6:.0f} ms"
@@ -70,25 +108,47 @@ def migrate(
     return result
 
 
+def estimate(domctl: Domctl, options: Options) -> DryRun:
+    """Say what a live migration would take, from a sample; the guest runs and nothing moves."""
+    log = domctl.log_dirty(options.dirty_log)
+    bandwidth = min(measured_bandwidth(), options.bandwidth or float("inf"))
+    writer = LiveWriter(domctl, lambda buffers: None, ignore, log, zeroes=True)
+    try:
+        return dry_run(domctl, writer, log.kind, bandwidth, options.limits)
+    finally:
+        with suppress(XsaveError):
+            log.off()
+
+
 class Sender:
     """One migration, seen from the source."""
 
-    def __init__(self, domctl: Domctl, receiver: Receiver, report: Report) -> None:
+    def __init__(
+        self, domctl: Domctl, receiver: Receiver, options: Options, report: Report
+    ) -> None:
         self._domctl = domctl
         self._receiver = receiver
+        self._options = options
         self._report = report
         self._suspended_ns = 0
+        self._dirty_log: str | None = None
+        self._nr_rounds = 0
 
     def _stage(self, name: str, detail: str = "") -> None:
         self._report(Stage("migrate", name, detail))
 
     def run(self) -> MigrateResult:
+        # A guest that does not run writes nothing, and has its own reasons not to suspend.
+        info = self._domctl.info()
+        live = self._options.live and info.state == "running"
+        channel = self._receiver.channel(self._options.compress_level, self._options.bandwidth)
         try:
             self._stage("connect")
             handshake.expect(
                 self._receiver.output, handshake.BANNER, "its banner", BANNER_TIMEOUT_S
             )
-            writer = self._send_image()
+            writer = self._send_live(channel) if live else self._send_image(channel)
+            channel.flush()
             self._stage("hand over")
             handshake.expect(self._receiver.output, handshake.READY, "ready", READY_TIMEOUT_S)
             self._domctl.hold()
@@ -97,20 +157,64 @@ class Sender:
                 with suppress(XsaveError):
                     self._domctl.resume()
             self._explain(e)
-        status = self._go()
+        status = self._go(channel)
         downtime_ns = time.monotonic_ns() - self._suspended_ns
         if status != handshake.STATUS_OK:
             self._take_back(status)
         self._domctl.destroy()
-        return MigrateResult(writer.nr_pages, writer.image_bytes, 0, downtime_ns)
+        return MigrateResult(
+            outcome="migrated",
+            dirty_log=self._dirty_log,
+            nr_rounds=self._nr_rounds,
+            nr_pages=writer.nr_pages,
+            bytes_sent=channel.wire_bytes(),
+            memory_bytes=info.memory_bytes,
+            total_ns=0,
+            downtime_ns=downtime_ns,
+            guest_downtime_ns=self._guest_downtime_ns(downtime_ns),
+        )
 
-    def _send_image(self) -> Writer:
+    def _guest_downtime_ns(self, downtime_ns: int) -> int:
+        """By the guest's clock; the host's figure where the receiver did not say, or the guest
+        never ran."""
+        resumed_ns = self._receiver.resumed_ns()
+        suspended_ns = self._domctl.suspended_ns
+        return resumed_ns - suspended_ns if resumed_ns and suspended_ns else downtime_ns
+
+    def _suspend(self) -> None:
         self._stage("freeze", "asking the guest to suspend")
         self._domctl.suspend(lambda stage: self._stage("suspend", stage))
         self._suspended_ns = time.monotonic_ns()
-        sink = DescriptorSink(self._receiver.input, "the receiving end")
-        writer = Writer(self._domctl, sink.write, self._relabel)
+
+    def _send_image(self, channel: Channel) -> Writer:
+        self._suspend()
+        writer = Writer(self._domctl, channel.write, self._relabel)
         writer.run()
+        return writer
+
+    def _send_live(self, channel: Channel) -> Writer:
+        log = self._domctl.log_dirty(self._options.dirty_log)
+        self._dirty_log = log.kind
+        self._stage("log dirty", log.kind)
+        try:
+            zeroes = self._receiver.zeroes
+            writer = LiveWriter(self._domctl, channel.write, self._relabel, log, zeroes=zeroes)
+            writer.begin()
+            rounds = Precopy(
+                self._domctl, writer, self._options.limits, self._report, channel.wire_bytes
+            )
+            decision = rounds.run()
+            self._nr_rounds = rounds.nr_rounds + 1  # the last one is sent by finish()
+            if decision.action == CANCEL:
+                raise MigrationCancelled(
+                    f"migration cancelled, the guest goes on here: {decision.reason}"
+                )
+            self._suspend()
+            writer.finish()
+        except XsaveError:  # after a Ctrl-C the connection is not to be asked: it is closed
+            with suppress(XsaveError):
+                log.off()
+            raise
         return writer
 
     def _relabel(self, event: Event) -> None:
@@ -125,11 +229,11 @@ class Sender:
             ) from error
         raise error
 
-    def _go(self) -> bytes:
+    def _go(self, channel: Channel) -> bytes:
         """Send GO; return the status byte. From here on only the receiver knows."""
         output = self._receiver.output
         try:
-            handshake.send(self._receiver.input, handshake.GO, "the go-ahead")
+            channel.send(handshake.GO, "the go-ahead")
             handshake.expect(output, handshake.REPORT, "its report", REPORT_TIMEOUT_S)
             return handshake.receive(output, 1, "its status", REPORT_TIMEOUT_S)
         except BaseException as e:
@@ -170,10 +274,11 @@ def receive(
     cpu_mismatch: str = "refuse",
     paused: bool = False,
     report: Report = ignore,
-) -> DomainInfo:
+) -> tuple[DomainInfo, int]:
     """The far end: take an image from `channel` ("-": stdin), start its guest at the sender's GO.
 
-    Messages go to the descriptor `output`. Raises what restore raises, and ConnectionLost
+    Return what runs now, and the guest's wall clock when it began to. Messages go to the
+    descriptor `output`. Raises what restore raises, and ConnectionLost
     without a go-ahead; nothing is left here then.
     """
     handshake.send(output, handshake.BANNER, "the banner")  # the sender waits for it
@@ -189,11 +294,13 @@ def _take(
     cpu_mismatch: str,
     paused: bool,
     report: Report,
-) -> DomainInfo:
+) -> tuple[DomainInfo, int]:
     went = False
+    taken: Domctl | None = None
 
     def hand_over(domctl: Domctl) -> None:
-        nonlocal went
+        nonlocal went, taken
+        taken = domctl
         handshake.send(output, handshake.READY, "ready")
         go = bytes(source.read(len(handshake.GO)))
         if go != handshake.GO:
@@ -220,4 +327,4 @@ def _take(
             handshake.send(output, status, "the report")
         raise
     handshake.send(output, handshake.REPORT + handshake.STATUS_OK, "the report")
-    return info
+    return info, taken.resumed_ns if taken else 0

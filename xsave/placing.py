@@ -25,6 +25,7 @@ _POOL_FRAMES = 65536
 #: Pages that may wait to be put into frames, unless one record alone is more.
 _MAX_WAITING_BYTES = 96 << 20
 _INVALID = np.uint64(INVALID_P2M_ENTRY)
+_XALLOC, _NOTAB = np.uint8(PageType.XALLOC), np.uint8(PageType.NOTAB)
 
 
 class Memory:
@@ -53,7 +54,8 @@ class Memory:
                 expected=f"below {self.p2m.size:#x}",
                 found=f"{worst:#x}",
             )
-        self.types[batch.pfns] = batch.types
+        # A page that came without bytes is an ordinary one; only where it is there counts.
+        self.types[batch.pfns] = np.where(batch.types == _XALLOC, _NOTAB, batch.types)
         with_frame = (batch.types != PageType.XTAB) & (batch.types != PageType.BROKEN)
         self.populate(batch.pfns[with_frame])
         with_data = batch.pfns[has_data(batch.types)]
@@ -113,6 +115,19 @@ class Memory:
         if self._queued[pfns].any():
             self.complete()
         return pfns
+
+    def drop_holes(self) -> None:
+        """All records came: free the frames of pfns that had one and ended as holes (the guest
+        gave the page up while it was migrated)."""
+        holes = np.flatnonzero((self.p2m != _INVALID) & (self.types == PageType.XTAB))
+        if not holes.size:
+            return
+        if self._queued[holes].any():
+            self.complete()
+        self._machine.free(self.p2m[holes])
+        self.p2m[holes] = _INVALID
+        self._written[holes] = False
+        self.nr_populated -= int(holes.size)
 
     def complete(self) -> None:
         """All pages came: have them in their frames when this returns."""

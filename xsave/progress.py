@@ -41,7 +41,36 @@ class Finished:
     detail: str = ""
 
 
-Event = Stage | Pages | Finished
+@dataclass(frozen=True)
+class Round:
+    """A round of a live migration is over. Rates in bytes a second; pending_pages: what was written
+    meanwhile; deferred_pages: page tables that could not be sent yet."""
+
+    operation: str
+    number: int
+    nr_pages: int
+    zero_pages: int
+    deferred_pages: int
+    nr_bytes: int
+    seconds: float
+    pending_pages: int
+    dirty_rate: float
+    bandwidth: float
+    estimated_downtime_s: float
+
+
+@dataclass(frozen=True)
+class Decided:
+    """What a live migration does next (continue, stop-and-copy, cancel), and why."""
+
+    operation: str
+    action: str
+    reason: str
+    estimated_downtime_s: float
+    throttle_percent: int = 0
+
+
+Event = Stage | Pages | Finished | Round | Decided
 Report = Callable[[Event], None]
 
 

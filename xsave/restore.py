@@ -245,6 +245,7 @@ class Reader:
             builtin=config.builtin,
             disks=config.disks,
             disks_later=bool(self._suffix),  # the other end has them
+            warm=bool(self._suffix),  # while pages come, the guest still runs there
             seed=config.seed,
         )
         self._memory = Memory(self._domctl, p2m_size)

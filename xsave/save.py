@@ -84,6 +84,16 @@ def save(
     return result
 
 
+@dataclass(frozen=True)
+class Seen:
+    """A domain as it was at one moment: its state, shared_info as bytes and as fields, its p2m."""
+
+    state: DomainState
+    page: bytes
+    shared: SharedInfo
+    found: guest_p2m.GuestP2m
+
+
 class Writer:
     """Writes the image of one suspended domain."""
 
@@ -99,21 +109,27 @@ class Writer:
         self.image_bytes += sum(map(nbytes, buffers))
 
     def run(self) -> None:
+        """Write all of it."""
+        seen, vcpus = self._look(), self._domctl.vcpus()
+        contexts = self._contexts(vcpus)
+        self._write_head(seen)
+        self._report(Stage("save", "pages"))
+        self._write_pages(seen, contexts[0].user_regs.rdx)
+        self._report(Stage("save", "vcpus"))
+        self._write_tail(seen, vcpus, contexts)
+
+    def _look(self) -> Seen:
+        """Look at the domain as it is now; from here on its p2m is the one found."""
         state = self._domctl.state()
-        vcpus = self._domctl.vcpus()
         page = self._machine.pages[state.shared_info_mfn].tobytes()
         shared = SharedInfo.from_buffer_copy(page)
         found = guest_p2m.find(self._domctl, state, shared)
         self._p2m = found.p2m
-        contexts = self._contexts(vcpus)
-        start_info_pfn = contexts[0].user_regs.rdx
-        self._write(StreamEncoder.headers("xl", state.config, state.xen_version))
-        self._write_static(state, found.frames)
-        self._report(Stage("save", "pages"))
-        self._write_pages(found, start_info_pfn, state)
-        self._report(Stage("save", "vcpus"))
-        self._write_tail(state, page, shared, vcpus, contexts)
-        self._write(StreamEncoder.trailer("xl"))
+        return Seen(state, page, shared, found)
+
+    def _write_head(self, seen: Seen) -> None:
+        self._write(StreamEncoder.headers("xl", seen.state.config, seen.state.xen_version))
+        self._write_static(seen.state, seen.found.frames)
 
     def _record(self, value: object) -> None:
         self._write(StreamEncoder.record(value))
@@ -155,13 +171,9 @@ class Writer:
         return contexts
 
     def _write_tail(
-        self,
-        state: DomainState,
-        page: bytes,
-        shared: SharedInfo,
-        vcpus: list[VcpuState],
-        contexts: list[VcpuGuestContext],
+        self, seen: Seen, vcpus: list[VcpuState], contexts: list[VcpuGuestContext]
     ) -> None:
+        state, page, shared = seen.state, seen.page, seen.shared
         self._record(libxc.X86TscInfo(*state.tsc))
         if not state.never_run and shared.arch.p2m_cr3:
             shared.arch.p2m_cr3 = self._pfn(shared.arch.p2m_cr3 >> 12, "the p2m's cr3") << 12
@@ -175,24 +187,32 @@ class Writer:
                 self._record(libxc.X86PvVcpuXsave(vcpu.vcpu_id, vcpu.xsave))
             if vcpu.msrs:
                 self._record(libxc.X86PvVcpuMsrs(vcpu.vcpu_id, vcpu.msrs))
+        self._write(StreamEncoder.trailer("xl"))
 
     # -- pages ---
 
-    def _write_pages(
-        self, found: guest_p2m.GuestP2m, start_info_pfn: int, state: DomainState
-    ) -> None:
-        p2m = self._p2m
-        backed = p2m != _INVALID
-        types = np.full(p2m.size, PageType.XTAB, np.uint8)
-        types[backed] = self._domctl.page_types(p2m[backed])
-        known = self._patches(found, start_info_pfn, state)
+    def _types(self) -> np.ndarray:
+        """Return the pages' types, (n,) u8: XTAB where the p2m has no frame."""
+        backed = self._p2m != _INVALID
+        types = np.full(self._p2m.size, PageType.XTAB, np.uint8)
+        types[backed] = self._domctl.page_types(self._p2m[backed])
+        return types
 
-        def patches(first: int, end: int) -> Patches:
-            tables = self._canonical_tables(first, types[first:end])
-            inside = known.within(first, end)
+    def _write_pages(self, seen: Seen, start_info_pfn: int) -> None:
+        types = self._types()
+        start_info = self._start_info(start_info_pfn, seen.state).reshape(1, -1)
+        known = Patches.of(
+            (*self._p2m_patches(seen.found), (np.array([start_info_pfn]), start_info))
+        )
+
+        def patches(pfns: np.ndarray) -> Patches:
+            tables = self._canonical_tables(pfns, types)
+            inside = known.among(pfns)
             return Patches.of(((inside.pfns, inside.pages), tables))
 
-        gatherer = Gatherer(self._domctl, p2m, types, patches)
+        self._send(Gatherer(self._domctl, self._p2m, types, patches))
+
+    def _send(self, gatherer: Gatherer) -> None:
         with Behind(self._sink, _MAX_WAITING_BYTES) as write:
             for batch in gatherer:
                 size = sum(map(nbytes, batch.buffers))
@@ -200,36 +220,30 @@ class Writer:
                 self.nr_pages += batch.nr_pages
                 self.zero_pages += batch.zero_pages
                 self.image_bytes += size
-                done = batch.end_pfn
-                self._report(Pages("save", done, p2m.size, self.image_bytes, self.zero_pages))
+                done, total = batch.end_pfn, self._p2m.size
+                self._report(Pages("save", done, total, self.image_bytes, self.zero_pages))
 
-    def _patches(
-        self, found: guest_p2m.GuestP2m, start_info_pfn: int, state: DomainState
-    ) -> Patches:
-        """Return the pages that Xen's numbers or the host's are in, as an image holds them, but
-        for the page tables."""
+    def _p2m_patches(self, found: guest_p2m.GuestP2m) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Return the p2m's pages, and those of its frame lists, as an image holds them."""
         mem, p2m = self._machine.mem, self._p2m
         pfns, valid = mfns_to_pfns(mem[p2m[found.list_frames]], self._machine.m2p, p2m)
         lists = np.where(valid, pfns, np.uint64(0))
-        start_info = self._start_info(start_info_pfn, state)
-        return Patches.of(
-            (
-                (found.frames, canonical_p2m(p2m)),
-                (found.list_frames, lists),
-                (np.array([start_info_pfn]), start_info.reshape(1, -1)),
-            )
-        )
+        return [(found.frames, canonical_p2m(p2m)), (found.list_frames, lists)]
 
-    def _canonical_tables(self, first: int, types: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Return (pfns, pages) of the page tables among the pfns from first on of these types."""
-        mem, p2m = self._machine.mem, self._p2m
-        levels = np.where(types < PageType.BROKEN, types & 7, 0)
-        tables = np.flatnonzero(levels)
-        levels, tables = levels[tables], first + tables
-        result = canonicalise(mem[p2m[tables]], levels, self._machine.m2p, p2m)
+    def _table_pages(self, pfns: np.ndarray) -> np.ndarray:
+        return np.asarray(self._machine.mem[self._p2m[pfns]])
+
+    def _canonical_tables(
+        self, pfns: np.ndarray, types: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Return (pfns, pages) of the page tables among these pfns; types are those of all."""
+        levels = np.where(types[pfns] < PageType.BROKEN, types[pfns] & 7, 0)
+        tables = pfns[levels != 0]
+        levels = levels[levels != 0]
+        result = canonicalise(self._table_pages(tables), levels, self._machine.m2p, self._p2m)
         if result.bad.size:
             row, slot = result.bad[0]
-            entry = int(mem[p2m[tables[row]], slot])
+            entry = int(self._table_pages(tables[row : row + 1])[0, slot])
             raise GuestStateError(
                 f"the level-{levels[row]} page table at pfn {tables[row]:#x} names a "
                 f"frame that is not the guest's: entry {slot} is {entry:#x}"

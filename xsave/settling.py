@@ -63,6 +63,7 @@ class Settler:
 
     def _localise_tables(self) -> None:
         memory, machine = self._memory, self._machine
+        memory.drop_holes()
         levels, pfns = table_levels(memory.types), memory.table_pfns()
         tables = machine.mem[memory.p2m[pfns]]
         targets = named_pfns(tables)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
@@ -25,13 +25,16 @@ _F = TypeVar("_F", bound=Callable[..., Any])
 
 @dataclass
 class Settings:
-    """The options before the command. `stdout_is_data`: the command writes an image there."""
+    """The options before the command. `stdout_is_data`: the command writes an image there.
+
+    failure: what a command that answers in lines adds to the last one if it fails."""
 
     host: str = "localhost"
     quiet: bool = False
     verbose: bool = False
     progress_mode: str = "auto"
     stdout_is_data: bool = False
+    failure: dict[str, Any] = field(default_factory=dict)
 
     def open_host(self) -> Host:
         """Open the chosen host. Raises NotFound."""

@@ -1,4 +1,4 @@
-"""save, restore, migrate, migrate-receive: a domain becomes bytes and bytes become a domain."""
+"""save, restore: a domain becomes bytes and bytes become a domain."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from xsave.commands.common import DOMAIN, HOST, Settings, json_option, pass_settings
-from xsave.errors import NotFound, UsageError
+from xsave.commands.common import DOMAIN, Settings, json_option, pass_settings
+from xsave.errors import UsageError
 
 if TYPE_CHECKING:
     from xsave.guest.xen.domctl import Domctl
@@ -155,62 +155,3 @@ def domain_maker(host: Host, process: WaitingProcess | None = None) -> Callable[
         return spawn(host, name, process)
 
     return make
-
-
-@click.command()
-@click.argument("name", type=DOMAIN, required=False)
-@click.option("--to", "target", type=HOST, required=True, help="The host to move to.")
-@cpu_mismatch_option
-@json_option
-@pass_settings
-def migrate(
-    settings: Settings, name: str | None, target: str, cpu_mismatch: str, as_json: bool
-) -> None:
-    """Move a domain to another host: suspend, stream, hand over, then end the source.
-
-    NAME may be left out where the host runs just one domain.
-    """
-    from xsave import migrate as verb
-    from xsave.host.host import open_host
-
-    destination = open_host(target)
-    with settings.find(name or only_domain(settings)) as domctl:
-        with settings.progress() as report:
-            result = verb.migrate(domctl, destination, cpu_mismatch=cpu_mismatch, report=report)
-        answer = {"name": domctl.name, "host": target, **asdict(result)}
-        downtime = f"{result.downtime_ns / 1e6:.0f} ms"
-        settings.answer(as_json, answer, f"{domctl.name}: now on {target}, downtime {downtime}")
-
-
-def only_domain(settings: Settings) -> str:
-    """Return the name of the host's one domain."""
-    names = [domain.name for domain in settings.open_host().domains()]
-    if not names:
-        raise NotFound(f"host {settings.host} runs no domain")
-    if len(names) > 1:
-        raise UsageError(f"host {settings.host} runs {len(names)}: say which ({', '.join(names)})")
-    return names[0]
-
-
-@click.command("migrate-receive")
-@cpu_mismatch_option
-@json_option
-@pass_settings
-def migrate_receive(settings: Settings, cpu_mismatch: str, as_json: bool) -> None:
-    """The far end of a migration: a stream on stdin, answers on stdout."""
-    settings.stdout_is_data = True
-    with settings.prestart() as process:
-        from xsave import migrate as verb
-
-        host = settings.open_host()
-        make_domain = domain_maker(host, process)
-        with settings.progress() as report:
-            info = verb.receive(
-                make_domain,
-                STDIO,
-                sys.stdout.fileno(),
-                cpu_mismatch=cpu_mismatch,
-                nr_frames=host.nr_frames,
-                report=report,
-            )
-    settings.answer(as_json, asdict(info), f"{info.name}: received as domain {info.domid}")

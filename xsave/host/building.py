@@ -81,6 +81,8 @@ class Building:
         )
         available = arguments.get("available_vcpus")
         self._fill_store(domain, int(arguments["target_pages"]), available)
+        if arguments.get("warm"):
+            running.warm_up()
         return {"shared_info_mfn": domain.shared_info_mfn}, b""
 
     def _begin(
@@ -107,6 +109,7 @@ class Building:
         domain.console.holds_input = clock.virtual
         domain.console.on_room = running.control.resume_input
         running.hypervisor = Hypervisor(domain, table())
+        running.forget_cpu()
         return domain
 
     def _fill_store(

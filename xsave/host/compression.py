@@ -82,11 +82,15 @@ class ZstdSource(Source):
 
     def _decompressed(self) -> Iterator[bytes]:
         pending: deque[Future[bytes]] = deque()
-        for frame in _frames(walk(self._raw.read)):
+        frames = _frames(walk(self._raw.read))
+        while True:
+            # Who waits for what we decompress may have to speak before more of it comes.
+            while pending and (len(pending) > 2 * nr_workers() or not self._raw.ready()):
+                yield pending.popleft().result()
+            if (frame := next(frames, None)) is None:
+                break
             if isinstance(frame, list):
                 pending.append(self._pool.submit(self._whole_frame, frame))
-                if len(pending) > 2 * nr_workers():
-                    yield pending.popleft().result()
                 continue
             while pending:
                 yield pending.popleft().result()
@@ -243,6 +247,13 @@ class CompressingSink(Sink):
                 self._queue(self._zero_frame, FRAME_CONTENT, None)
                 left -= FRAME_CONTENT
 
+    def flush(self) -> None:
+        """Have all that was written reach the sink underneath, as frames of their own."""
+        if self._filled:
+            self._flush()
+        while self._pending:
+            self._write_oldest()
+
     def _flush(self) -> None:
         block, filled = self._block, self._filled
         self._queue(self._pool.submit(self._compress, block[:filled]), filled, block)
@@ -274,10 +285,7 @@ class CompressingSink(Sink):
 
     def commit(self) -> None:
         """Compress the rest, write the table, commit the sink underneath."""
-        if self._filled:
-            self._flush()
-        while self._pending:
-            self._write_oldest()
+        self.flush()
         self._pool.shutdown()
         self._sink.write([seek_table(self._sizes)])
         self._sink.commit()

@@ -282,5 +282,5 @@ class Host:
             "first_frame": self.machine.first_frame,
             "nr_domains": len(self.records()),
             "directory": str(self.directory),
-            **capabilities(),
+            **capabilities(self.machine),
         }

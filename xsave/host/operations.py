@@ -1,8 +1,9 @@
 """What the control socket asks of a domain, done by its vCPU thread between two runs.
 
 Requests that build a domain or read its state are in building.py, the lease on a suspended
-guest in suspension.py; here are the dispatch and a domain's life. A connection that builds the
-domain holds a lease too: closed before `commit`, the half-built domain is removed.
+guest in suspension.py, the log of dirty frames in dirtying.py; here are the dispatch and a domain's
+life. A connection that builds the domain holds a lease too: closed before `commit`, the half-built
+domain is removed.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from xsave.host import host as hosts
 from xsave.host.bootconfig import DESTROY, RESTART
 from xsave.host.building import Building, availability
 from xsave.host.control import Client, Request
+from xsave.host.dirtying import Dirtying
 from xsave.host.registry import write_record
 from xsave.host.running import RunningDomain
 from xsave.host.suspension import Suspension
@@ -40,6 +42,7 @@ class Operations:
         self._running = running
         self._building = Building(running)
         self._suspension = Suspension(running, self.after_run)
+        self._dirtying = Dirtying(running)
         self._give_up = time.monotonic() + _BUILDER_TIMEOUT_S
 
     @property
@@ -89,10 +92,7 @@ class Operations:
         if request.op == "closed":
             self._closed(request.client)
             return
-        name = "op_" + request.op
-        handler: Callable[[Request], Answer | None] | None = getattr(
-            self, name, getattr(self._building, name, None)
-        )
+        handler = self._handler("op_" + request.op)
         try:
             if handler is None:
                 raise UsageError(f"unknown request {request.op!r}")
@@ -104,11 +104,16 @@ class Operations:
         if answer is not None:
             self._reply(request.client, *answer)
 
+    def _handler(self, name: str) -> Callable[[Request], Answer | None] | None:
+        places = (self, self._building, self._dirtying)
+        return next((getattr(place, name) for place in places if hasattr(place, name)), None)
+
     def _reply(self, client: Client, message: dict[str, Any], blob: bytes = b"") -> None:
         with contextlib.suppress(ConnectionLost):
             send_message(client.sock, message, blob)
 
     def _closed(self, client: Client) -> None:
+        self._dirtying.closed(client)
         if not self._building.committed and self._building.builder in (None, client):
             self._running.finished = True
         elif self._running.built:
@@ -148,6 +153,7 @@ class Operations:
     # -- suspend ---
 
     def op_suspend(self, request: Request) -> Answer | None:
+        self._running.throttle.percent = 0  # a guest that freezes itself is to be done soon
         at_once = self._suspension.request(
             request.client, paused=self._running.paused, restored=self._building.restored
         )
@@ -200,7 +206,10 @@ class Operations:
         self._suspension.resume()
         self._running.paused = False
         domain.clock.extend()
-        return self.op_info(request)  # before the guest's first instruction, which takes a moment
+        if domain.never_run:
+            domain.start()
+        answer, blob = self.op_info(request)
+        return answer | {"resumed_ns": domain.clock.wall_ns()}, blob
 
     def _check_alive(self) -> None:
         """Raise GuestStateError if there is nobody to ask, now or when it goes on."""

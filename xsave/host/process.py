@@ -73,6 +73,7 @@ class DomainProcess:
             or self._operations.deadline_s() == 0.0
             or self._another_waits()
             or self.running.disks.has_done()
+            or self.running.throttle.rest_s() > 0.0
         )
 
     def _another_waits(self) -> bool:
@@ -102,6 +103,8 @@ class DomainProcess:
                 break
             if not self._runnable():
                 self._wait(self._operations.deadline_s())
+            elif rest_s := self.running.throttle.rest_s():
+                self._wait(rest_s)
             else:
                 self._run_guest()
         self._control.drain(_LAST_WORDS_S)
@@ -118,7 +121,7 @@ class DomainProcess:
         domain, hv = self._domain, self.running.xen
         try:
             if not hv.powered:
-                self._first_run()
+                self.running.power_on()
             domain.serve_console()
             domain.serve_store()
             domain.run_timers(domain.clock.now())
@@ -139,13 +142,6 @@ class DomainProcess:
         if not hv.vcpu.blocked:
             domain.clock.slice()
         self._operations.after_run()
-
-    def _first_run(self) -> None:
-        """The first unpause: from here on the clocks run and the state is the guest's."""
-        domain = self._domain
-        domain.start()
-        self.running.xen.power_on()
-        self.running.xen.hands_over = len(domain.vcpus) > 1 and not domain.clock.virtual
 
     def _next_vcpu(self) -> Vcpu | None:
         """Return the next runnable vCPU after the one that ran last, round robin."""

@@ -44,6 +44,10 @@ class Source:
         """Return the first n bytes without consuming them; only before the first `read`."""
         raise NotImplementedError
 
+    def ready(self) -> bool:
+        """Return False if a `read` would have to wait for the other end."""
+        return True
+
     def zero_pages(self, offset: int, nr_pages: int) -> np.ndarray | None:
         """Return bool (nr_pages,): True where the page is surely zero, though nobody read it.
 
@@ -164,6 +168,10 @@ class StreamSource(Source):
         if n > len(self._ahead):
             self._fill(n, n)
         return self._ahead[:n]
+
+    def ready(self) -> bool:
+        """Return whether something has come; the end of the input counts."""
+        return bool(self._ahead) or bool(select.select([self._fd], [], [], 0)[0])
 
     def _fill(self, n: int, room: int = _READ_AHEAD) -> None:
         """Have n bytes ahead, or all there are. Read no more than `room` or n in one go.

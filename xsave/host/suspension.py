@@ -40,6 +40,7 @@ class Suspension:
         self._stage = ""
         self._deadline: float | None = None
         self._excuses: Excuses | None = None
+        self._suspended_ns: int | None = None
         self.held = False
 
     @property
@@ -70,7 +71,7 @@ class Suspension:
             self._holder, self._stage = client, "done"
             return True
         self._refuse(domain, paused)
-        self._holder, self._stage = client, "acknowledge"
+        self._holder, self._stage, self._suspended_ns = client, "acknowledge", None
         self._deadline = time.monotonic() + SUSPEND_TIMEOUT_S
         self._excuses = Excuses(domain)
         domain.clock.extend()
@@ -113,13 +114,15 @@ class Suspension:
     def _finish(self, holder: Client) -> None:
         """The guest has suspended; it counts once nothing of it is on its way to a disk."""
         self._deadline = None
+        if self._suspended_ns is None:
+            self._suspended_ns = self._domain.clock.wall_ns()
         try:
             if not self._running.disks.settled():
                 return  # what is done then wakes us
         except StorageError as e:
             self._fail(holder, f"the guest's disks cannot be written: {e}")
             return
-        self._reply(holder, {})
+        self._reply(holder, {"suspended_ns": self._suspended_ns})
         self._stage = "done"
         self._listen_no_more()
 

@@ -75,6 +75,7 @@ class Door(Domctl):
         builtin: bool = False,
         disks: Sequence[object] = (),
         disks_later: bool = False,
+        warm: bool = False,
         seed: int | None = None,
     ) -> None:
         """Make the empty domain, in virtual time whatever its image says."""

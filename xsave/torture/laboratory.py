@@ -215,7 +215,7 @@ class Laboratory:
         domain.start()
         self._crossings.hv = hv
         if self._cpu_b is None:
-            self._cpu_b = WarmCpu(self.b, domain.scratch_mfn, self._crossings, domain.policy)
+            self._cpu_b = WarmCpu(self.b, domain.scratch_mfn, self._crossings)
             begins = self.symbols.address[LIFE_BEGINS]
             self._cpu_b.watch(begins, begins, self._life_begins)
         self._new_lives.clear()

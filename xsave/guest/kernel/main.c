@@ -17,6 +17,7 @@
 #include "smp.h"
 #include "suspend.h"
 #include "time.h"
+#include "writer.h"
 #include "xenbus.h"
 
 #define RESERVED_PAGES 256	/* stacks, the p2m tree, and air */
@@ -63,20 +64,28 @@ static noinline void iopl_init(void)
 	HYPERVISOR_physdev_op(PHYSDEVOP_set_iopl, &iopl);
 }
 
-/* Memory: builder's things | tables of the direct map | the page allocator's | the pattern. */
+/*
+ * Memory: builder's things | tables of the direct map | the page allocator's | what the writer
+ * writes | the pattern.
+ */
 static noinline void mem_init(u64 *pattern_pages)
 {
-	u64 first, wanted = pattern_size(), reserve;
+	u64 first, wanted = pattern_size(), written = writer_size(), reserve;
 
 	first = paging_init(boot_structures_end());
 	console_remap();
 	paging_drop_boot_mapping();
 	reserve = RESERVED_PAGES + cmdline_number("threads", 4) * MMTEST_PAGES;
+	if (first + reserve + wanted + written > max_pfn && written) {
+		printk("write: %lu pages do not fit\n", written);
+		written = 0;
+	}
 	if (first + reserve + wanted > max_pfn) {
 		printk("touch: %lu pages do not fit\n", wanted);
 		wanted = max_pfn > first + reserve ? max_pfn - first - reserve : 1;
 	}
-	page_alloc_init(first, max_pfn - wanted);
+	page_alloc_init(first, max_pfn - wanted - written);
+	writer_init(max_pfn - wanted - written, written);
 	*pattern_pages = wanted;
 }
 
@@ -92,6 +101,7 @@ static void start_threads(void)
 	BUG_ON(!kthread_run_on(&cpu_data[nr_cpus - 1], PRIO_NORMAL, checker_thread, NULL, 0,
 			       "checker"));
 	misbehave_start();
+	writer_start();
 	started = mmtest_start(wanted);
 	printk("%d threads make and destroy address spaces\n", started);
 }

@@ -19,6 +19,7 @@ import numpy as np
 
 from xsave.errors import ConnectionLost, XsaveError
 from xsave.frames import TYPE_PIN
+from xsave.guest.xen.logdirty import COMPARE, KINDS, CompareLog, LogDirty, WrittenLog
 from xsave.guest.xen.machine import XEN_FRAMES, Machine
 from xsave.guest.xen.wire import (
     pack_blobs,
@@ -30,6 +31,8 @@ from xsave.guest.xen.wire import (
 )
 
 _TABLE_LEVELS = 4
+#: What log_dirty() takes: the best there is, or this one.
+DIRTY_LOGS = ("auto", *KINDS)
 _ABANDON_TIMEOUT_S = 20.0
 
 
@@ -92,6 +95,7 @@ class Domctl:
         self._beginning = False  # begin() was sent, its answer not yet read
         self._shared_info_mfn = 0
         self._frame_order: int | None = None
+        self.suspended_ns = self.resumed_ns = 0
 
     def __enter__(self) -> Domctl:
         return self
@@ -150,8 +154,9 @@ class Domctl:
         self._call("pause")
 
     def unpause(self) -> DomainInfo:
-        """Let it run; return what it is from then on."""
+        """Let it run; return what it is from then on. resumed_ns is the guest's wall clock then."""
         message, _ = self._call("unpause")
+        self.resumed_ns = int(message["resumed_ns"])
         return self._info(message)
 
     def destroy(self) -> None:
@@ -176,9 +181,12 @@ class Domctl:
         """Ask the guest to suspend and wait until it has; `on_stage` hears the steps.
 
         Raises SuspendFailed; the guest then runs on. A domain restored paused that never ran is
-        suspended as it is, without a handshake.
+        suspended as it is, without a handshake. suspended_ns is the guest's wall clock at its
+        suspend, as Xen gives it to the guest (wc_* of shared_info and the system time), 0 if it
+        never ran.
         """
-        self._call("suspend", on_event=on_stage)
+        message, _ = self._call("suspend", on_event=on_stage)
+        self.suspended_ns = int(message.get("suspended_ns", 0))
 
     def resume(self, *, paused: bool = False) -> None:
         """Let a suspended guest go on in place; its hypercall returns 1 (cancelled)."""
@@ -246,6 +254,32 @@ class Domctl:
         safe = np.where(inside, mfns, 0)
         return inside & (self.machine.owner[safe] == self.domid)
 
+    # -- the log of dirty frames, for a migration ---
+
+    def log_dirty(self, kind: str = "auto") -> LogDirty:
+        """Turn the log on (XEN_DOMCTL_SHADOW_OP_ENABLE_LOGDIRTY): userfaultfd, compare or auto.
+
+        It ends with this connection at the latest. Raises GuestStateError if another has it,
+        StorageError if this kind cannot be had.
+        """
+        message, _ = self._call("logdirty", action="enable", kind=kind)
+
+        def ask(action: str) -> bytes:
+            return self._call("logdirty", action=action)[1]
+
+        if message["kind"] == COMPARE:
+            return CompareLog(self.machine, self.domid, ask)
+        return WrittenLog(self.machine, ask)
+
+    def mark_dirty(self, mfns: np.ndarray) -> None:
+        """Say that frames of a running domain were written through a mapping that is not its
+        process's: the log does not see that by itself."""
+        self._call("logdirty", mfns.astype("<u8").tobytes(), action="mark")
+
+    def throttle(self, percent: int) -> None:
+        """Let the vCPUs rest for so much of the time, while the log of this connection is on."""
+        self._call("throttle", percent=percent)
+
     # -- building, for a restore ---
 
     def begin(
@@ -259,13 +293,14 @@ class Domctl:
         builtin: bool = False,
         disks: Sequence[object] = (),
         disks_later: bool = False,
+        warm: bool = False,
         seed: int | None = None,
     ) -> None:
         """Make the empty domain; a ballooned guest keeps to target_pages, and one
         with vCPUs offline to available_vcpus (all, if None).
 
         disks: as a libxl_domain_config has them; they are opened here, or, with disks_later, only
-        looked at: attach_disks() opens them.
+        looked at: attach_disks() opens them. warm: there is time now for what the first run needs.
 
         The built-in kernel leaves no frame number behind, so its images are the same whatever
         frames it had. Linux does, in stacks and in pages that it uses no more: for two of its
@@ -286,6 +321,7 @@ class Domctl:
             "builtin": builtin,
             "disks": list(disks),
             "disks_later": disks_later,
+            "warm": warm,
             "frame_order": self._frame_order,
             "xen_frames": self.populate(XEN_FRAMES).tolist(),
         }

@@ -40,6 +40,7 @@ class GuestCpu:
     def start_cpu(self, cpu: Cpu) -> None:
         """Take a fresh emulated CPU and load vCPU 0 into it."""
         self.cpu, self.q = cpu, cpu.q
+        cpu.promise(self.domain.policy)
         self.vcpu.load_registers(self.cpu, self.domain.gdt_base(self.vcpu))
         self.powered = True
 

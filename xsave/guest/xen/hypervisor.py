@@ -78,7 +78,7 @@ class Hypervisor(GuestCpu):
     def power_on(self) -> None:
         """Make the emulated CPU, whose crossings come here, with vCPU 0 on it."""
         domain = self.domain
-        self.start_cpu(Cpu(domain.machine, domain.scratch_mfn, self, domain.policy))
+        self.start_cpu(Cpu(domain.machine, domain.scratch_mfn, self))
 
     def kick(self) -> None:
         """Make run() return at the next crossing."""

@@ -64,6 +64,10 @@ class RealClock:
         """Wall time (ns since 1970) at system_time 0."""
         return time.time_ns() - self.now()
 
+    def wall_ns(self) -> int:
+        """Wall time (ns since 1970) now, as the guest reads it from these two."""
+        return self.wallclock_ns() + self.now()
+
 
 class VirtualClock(RealClock):
     """Time that only the guest moves."""

@@ -112,12 +112,8 @@ class EmulatorFault(Exception):
 class Cpu:
     """One emulated processor. `q` is a live view of its registers (indices in cpuregs)."""
 
-    def __init__(
-        self, machine: Machine, scratch_mfn: int, handler: Handler, policy: CpuPolicy
-    ) -> None:
-        """policy: of the guest that the CPU is for; it has no instructions but those."""
+    def __init__(self, machine: Machine, scratch_mfn: int, handler: Handler) -> None:
         self.machine = machine
-        self._policy = policy
         self._scratch = scratch_mfn << 12
         self._uc = Uc(UC_ARCH_X86, UC_MODE_64)
         address = ctypes.addressof(ctypes.c_char.from_buffer(machine.map))
@@ -138,17 +134,20 @@ class Cpu:
         self.handler = handler
         self._hook(handler)
         self._stopping = False
-        self._vex = self._watch_vex(everywhere=policy.promises_avx())
+        self._vex = VexTrap(handler.read, GuestFault, lambda: self.compat, self._stops.stop_before)
+        self._policy: CpuPolicy | None = None
 
-    def _watch_vex(self, *, everywhere: bool) -> VexTrap:
-        """everywhere: in the upper half of the address space too."""
-        vex = VexTrap(self.handler.read, GuestFault, lambda: self.compat, self._stops.stop_before)
-        first, last = (1, 0) if everywhere else (0, USER_END)
-        uclib.uc_hook_add(
-            self._handle, ctypes.byref(ctypes.c_size_t()), UC_HOOK_EDGE_GENERATED, vex.look, None,
-            ctypes.c_uint64(first), ctypes.c_uint64(last),
-        )  # fmt: skip
-        return vex
+    def promise(self, policy: CpuPolicy) -> None:
+        """Be the CPU of a guest with this policy from the next power_on() on: with no instructions
+        but those. Of one CPU all guests have the same policy."""
+        if self._policy is None:
+            # Where nobody was promised AVX only programs are looked at.
+            first, last = (1, 0) if policy.promises_avx() else (0, USER_END)
+            uclib.uc_hook_add(
+                self._handle, ctypes.byref(ctypes.c_size_t()), UC_HOOK_EDGE_GENERATED,
+                self._vex.look, None, ctypes.c_uint64(first), ctypes.c_uint64(last),
+            )  # fmt: skip
+        self._policy = policy
 
     def _locate(self) -> tuple[int, int]:
         saved = [self._uc.reg_read(r) for r in _GPR8]
@@ -218,6 +217,7 @@ class Cpu:
         uc.reg_write(x86.UC_X86_REG_CR3, cr3)
         uc.reg_write(x86.UC_X86_REG_CR0, _CR0)
         uc.reg_write(x86.UC_X86_REG_GDTR, (0, gdt_base, 0xFFFF, 0))
+        assert self._policy is not None
         self._features.have_promised(self._policy, xsave=bool(xcr0))
         self._bringing_up, self._vex.watching = False, True
 

@@ -1,0 +1,33 @@
+"""What the tests of live migrations share: the two copies, compared while both stand still."""
+
+from __future__ import annotations
+
+from xsave.compare import compare
+from xsave.guest.xen.domctl import Domctl
+from xsave.migrate import INCOMING_SUFFIX, Options, migrate
+from xsave.precopy import Limits
+
+#: Many rounds: no estimate is ever within this.
+ROUNDS = Limits(downtime_s=1e-6, max_rounds=5)
+
+
+class Oracle:
+    """Compares source and target between READY and GO: the one is suspended, the other complete,
+    paused, and has never run. `found` is the Comparison."""
+
+    def __init__(self, monkeypatch, target):
+        self.found = None
+        hold = Domctl.hold
+
+        def compare_and_hold(domctl):
+            with target.find(domctl.name + INCOMING_SUFFIX) as incoming:
+                self.found = compare(domctl, incoming)
+            hold(domctl)
+
+        monkeypatch.setattr(Domctl, "hold", compare_and_hold)
+
+
+def migrate_live(host, target, name="g", *, report=lambda event: None, **options):
+    """Migrate with these options; several rounds unless told otherwise."""
+    with host.find(name) as domctl:
+        return migrate(domctl, target, Options(**{"limits": ROUNDS, **options}), report=report)

@@ -1,0 +1,132 @@
+"""Which frames of a running domain were written, as the toolstack learns it (XEN_DOMCTL_SHADOW_OP).
+
+Two implementations behind one door, Domctl.log_dirty():
+
+    userfaultfd   the domain's process write-protects its own mapping (writeprotect.py) and
+                  answers which frames lost the protection. A round's pages are read from their
+                  frames: whatever is written after clean() is dirty again.
+    compare       for kernels without that. Here every frame is compared with the copy that was
+                  sent last, and what differs is copied. A round's pages are read from the copies,
+                  never from the frames, so that what is compared next is what was sent.
+
+Never the guest's own D bits: those are the guest's, and miss the hypervisor's writes. The bitmaps
+are by frame, (nr_frames,) bool: which pfn a frame is the guest changes meanwhile, and who asks
+must look again (a frame that is another's by then may be marked, too).
+"""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Callable
+from typing import Protocol
+
+import numpy as np
+
+from xsave.guest.xen.machine import CHUNK_FRAMES, Machine
+
+USERFAULTFD, COMPARE = "userfaultfd", "compare"
+KINDS = (USERFAULTFD, COMPARE)
+_BATCH = 1024
+
+
+class LogDirty(Protocol):
+    """A log that is on. `pages` (nr_frames, 512) u64: where the frames that the last clean()
+    returned are to be read from."""
+
+    kind: str
+    pages: np.ndarray
+
+    def touched(self, mfns: np.ndarray) -> np.ndarray:
+        """Return (n,) bool: False for those whose rows of `pages` hold zeros."""
+
+    def peek(self) -> np.ndarray:
+        """Return the frames written since the last clean(), (nr_frames,) bool."""
+
+    def clean(self) -> np.ndarray:
+        """The same, and begin anew. The first one is due before anything is sent."""
+
+    def off(self) -> None:
+        """End it; nothing is logged any more."""
+
+
+class WrittenLog:
+    """The domain's process logs; ask(action) -> packed bitmap is the request to it."""
+
+    kind = USERFAULTFD
+
+    def __init__(self, machine: Machine, ask: Callable[[str], bytes]) -> None:
+        self.pages = machine.mem
+        self.touched = machine.resident
+        self._nr_frames = machine.nr_frames
+        self._ask = ask
+
+    def _bitmap(self, action: str) -> np.ndarray:
+        packed = np.frombuffer(self._ask(action), np.uint8)
+        return np.unpackbits(packed, count=self._nr_frames, bitorder="little").view(bool)
+
+    def peek(self) -> np.ndarray:
+        return self._bitmap("peek")
+
+    def clean(self) -> np.ndarray:
+        return self._bitmap("clean")
+
+    def off(self) -> None:
+        self._ask("disable")
+
+
+class CompareLog:
+    """Copies of all that was sent, as large as the domain's memory that holds anything.
+
+    ask is as for WrittenLog: the domain's process only notes whose log it is.
+    """
+
+    kind = COMPARE
+
+    def __init__(self, machine: Machine, domid: int, ask: Callable[[str], bytes]) -> None:
+        self._machine = machine
+        self._domid = domid
+        self._ask = ask
+        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0)
+        self._map = mmap.mmap(-1, len(machine.map), flags=flags)
+        self.pages = np.frombuffer(self._map, np.uint64).reshape(-1, 512)
+        self._copied = np.zeros(machine.nr_frames, bool)
+
+    def touched(self, mfns: np.ndarray) -> np.ndarray:
+        return np.asarray(self._copied[mfns])
+
+    def peek(self) -> np.ndarray:
+        return self._compare(copy=False)
+
+    def clean(self) -> np.ndarray:
+        return self._compare(copy=True)
+
+    def _compare(self, *, copy: bool) -> np.ndarray:
+        machine = self._machine
+        mfns = np.flatnonzero(machine.owner == self._domid)
+        # A hole is zero, as is what was never copied: reading it would only allocate it.
+        mfns = mfns[machine.resident(mfns) | self._copied[mfns]]
+        written = np.zeros(machine.nr_frames, bool)
+        for first in range(0, mfns.size, _BATCH):
+            some = mfns[first : first + _BATCH]
+            now = machine.mem[some]
+            differ = (now != self.pages[some]).any(axis=1)
+            changed = some[differ]
+            written[changed] = True
+            if copy and changed.size:
+                self.pages[changed] = now[differ]
+                self._copied[changed] = True
+        return written
+
+    def off(self) -> None:
+        self._ask("disable")
+        self.pages = self.pages[:0]
+
+
+def chunk_runs(machine: Machine, domid: int) -> list[tuple[int, int]]:
+    """Return runs (first, nr) of whole chunks of frames that hold all frames of the domain."""
+    nr_chunks = -(-machine.nr_frames // CHUNK_FRAMES)
+    chunks = np.zeros(nr_chunks + 2, bool)
+    chunks[np.flatnonzero(machine.owner == domid) // CHUNK_FRAMES + 1] = True
+    edges = np.flatnonzero(np.diff(chunks)) * CHUNK_FRAMES
+    ends = np.minimum(edges[1::2], machine.nr_frames)
+    return list(zip(edges[::2].tolist(), (ends - edges[::2]).tolist(), strict=True))

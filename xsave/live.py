@@ -1,0 +1,226 @@
+"""live: the image of a domain that runs on while it is written, round by round.
+
+    begin    static records and the p2m's frames, as a save writes them
+    round    what has to be sent now: all, at first; then what was written, what is another frame
+             than before, what became or ceased to be a page table, what was deferred
+    finish   the guest is suspended: the rest, with nothing deferred any more; vCPUs; END
+
+The stream is a live migration's as Xen's tools send it: pages come again, the last one counts, and
+the final ones are those of a save (save.py) of the suspended guest. A page table that names a frame
+which is not the guest's at that moment is XTAB for now, and due again. The types are read after
+the log was cleaned and compared with those that were sent: a table whose frame nobody wrote can
+still change its type, and then its bytes mean something else. Mirrors send_memory_live and
+suspend_and_send_dirty of tools/libs/guest/xg_sr_save.c.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import numpy as np
+
+from xsave.canonical import canonicalise
+from xsave.errors import GuestStateError
+from xsave.frames import INVALID_P2M_ENTRY, PAGE_SIZE, PageType
+from xsave.gathering import Gatherer, Patches
+from xsave.guest.xen.domctl import Domctl
+from xsave.guest.xen.logdirty import LogDirty
+from xsave.image import libxc
+from xsave.image.buffers import Write
+from xsave.p2m import PER_PAGE
+from xsave.progress import Report
+from xsave.save import Seen, Writer
+
+_INVALID = np.uint64(INVALID_P2M_ENTRY)
+_NEVER = np.uint8(0xFF)
+#: Of so few pages nobody asks which were ever touched: to ask takes longer than to look.
+_FEW_PAGES = 4096
+#: A running guest may be just about to publish another p2m: look again, so often and after so long.
+_LOOKS, _LOOK_AGAIN_S = 10, 0.003
+
+
+@dataclass(frozen=True)
+class Round:
+    """What one round sent. zero_pages are counted in nr_pages; deferred_pages came without data."""
+
+    nr_pages: int
+    zero_pages: int
+    deferred_pages: int
+    nr_bytes: int
+    seconds: float
+
+
+class AllTouched:
+    """The log's pages, none of which is known to be zero."""
+
+    def __init__(self, log: LogDirty) -> None:
+        self.pages = log.pages
+
+    def touched(self, mfns: np.ndarray) -> np.ndarray:
+        """Return (n,) bool."""
+        return np.ones(mfns.size, bool)
+
+
+class LiveWriter(Writer):
+    """Writes one running domain, whose writes `log` knows.
+
+    zeroes: the other end gives out empty frames only, so that empty pages need not be sent.
+    """
+
+    def __init__(
+        self, domctl: Domctl, write: Write, report: Report, log: LogDirty, *, zeroes: bool
+    ) -> None:
+        super().__init__(domctl, write, report)
+        self._log = log
+        self._zeroes = zeroes
+        self._pending = np.zeros(0, bool)
+
+    def begin(self) -> None:
+        """Write what precedes the pages; all of them are pending then. Raises GuestStateError."""
+        seen = self._look_again()
+        self._log.clean()
+        size = self._p2m.size
+        self._write_head(seen)
+        self._seen, self._frames = seen, seen.found.frames.astype(np.intp)
+        self._sent_p2m = np.full(size, _INVALID)
+        self._sent_types = np.full(size, _NEVER, np.uint8)
+        self._unsent = np.ones(size, bool)
+        self._canonical = np.zeros(size, bool)  # p2m pages, sent as such
+        self._page_types = self._types()
+        self._pending = np.ones(size, bool)
+
+    @property
+    def pending_bytes(self) -> int:
+        """Bytes of the pages that are due."""
+        with_data = self._pending & (self._page_types != PageType.XTAB)
+        return int(np.count_nonzero(with_data)) * PAGE_SIZE
+
+    def look(self) -> None:
+        """Add to what is pending all that changed since the last look. Raises GuestStateError."""
+        dirty = self._log.clean()
+        seen = self._look_again()
+        self._grow(seen)
+        self._note(dirty)
+
+    def _look_again(self) -> Seen:
+        for _ in range(_LOOKS - 1):
+            try:
+                return self._look()
+            except GuestStateError:
+                time.sleep(_LOOK_AGAIN_S)
+        return self._look()
+
+    def _grow(self, seen: Seen) -> None:
+        """The p2m got longer, or its pages are others: say so to the other end."""
+        more = self._p2m.size - self._sent_p2m.size
+        if more < 0:
+            raise GuestStateError("the guest's p2m got shorter while it was migrated")
+        if more:
+            self._sent_p2m = np.append(self._sent_p2m, np.full(more, _INVALID))
+            self._sent_types = np.append(self._sent_types, np.full(more, _NEVER, np.uint8))
+            self._unsent = np.append(self._unsent, np.ones(more, bool))
+            self._canonical = np.append(self._canonical, np.zeros(more, bool))
+            self._pending = np.append(self._pending, np.ones(more, bool))
+        frames = seen.found.frames.astype(np.intp)
+        if not np.array_equal(frames, self._frames):
+            self._pending[self._frames] = True  # what were p2m pages may be others now
+            self._frames = frames
+            self._record(libxc.X86PvP2mFrames(0, self._p2m.size - 1, seen.found.frames))
+        self._seen = seen
+
+    def _note(self, dirty: np.ndarray) -> None:
+        """Mark as pending what is dirty (by frame), has another frame or another type."""
+        p2m, pending = self._p2m, self._pending
+        backed = p2m != _INVALID
+        pending[backed] |= dirty[p2m[backed]]
+        self._page_types = self._types()
+        pending |= (p2m != self._sent_p2m) | (self._page_types != self._sent_types)
+        # The p2m's own pages are sent as canonical ones: only holes that come and go change them.
+        # One page may stand for several ranges.
+        frames = self._frames
+        holes = backed != (self._sent_p2m != _INVALID)
+        holes = np.append(holes, np.zeros(-holes.size % PER_PAGE, bool)).reshape(-1, PER_PAGE)
+        due = frames[holes.any(axis=1) | ~self._canonical[frames]]
+        pending[frames] = False
+        pending[due] = True
+
+    def forget_pending(self) -> None:
+        """Take what is pending for sent, as if it were (to sample what is written)."""
+        self._sent_p2m, self._sent_types = self._p2m, self._page_types
+        self._pending[:] = False
+
+    def send_round(self) -> Round:
+        """Send what is pending; the guest runs."""
+        return self._send_pending(Patches.of(self._p2m_patches(self._seen.found)), final=False)
+
+    def finish(self) -> Round:
+        """The guest is suspended: send what is left of it. Raises GuestStateError."""
+        started = time.monotonic()
+        dirty = self._log.clean()
+        seen, vcpus = self._look(), self._domctl.vcpus()
+        contexts = self._contexts(vcpus)
+        start_info_pfn = contexts[0].user_regs.rdx
+        self._grow(seen)
+        self._note(dirty)
+        start_info = self._start_info(start_info_pfn, seen.state).reshape(1, -1)
+        known = [*self._p2m_patches(seen.found), (np.array([start_info_pfn]), start_info)]
+        self._pending[seen.found.list_frames.astype(np.intp)] = True
+        self._pending[start_info_pfn] = True
+        sent = self._send_pending(Patches.of(known), final=True)
+        before = self.image_bytes
+        self._write_tail(seen, vcpus, contexts)
+        nr_bytes = sent.nr_bytes + self.image_bytes - before
+        seconds = time.monotonic() - started
+        return Round(sent.nr_pages, sent.zero_pages, 0, nr_bytes, seconds)
+
+    def _send_pending(self, known: Patches, *, final: bool) -> Round:
+        started = time.monotonic()
+        before = self.nr_pages, self.zero_pages, self.image_bytes
+        pfns = np.flatnonzero(self._pending)
+        types = self._page_types.copy()
+        self._sent_p2m, self._sent_types = self._p2m, self._page_types
+        self._pending = np.zeros(types.size, bool)
+        frames = self._frames[np.isin(self._frames, pfns)]
+        self._canonical[pfns] = False
+        self._canonical[frames] = True
+        deferred = 0
+
+        def patches(some: np.ndarray) -> Patches:
+            nonlocal deferred
+            tables, pages = (
+                self._canonical_tables(some, types) if final else self._resolving(some, types)
+            )
+            deferred += int(np.count_nonzero(self._pending[some]))
+            inside = known.among(some)
+            return Patches.of(((inside.pfns, inside.pages), (tables, pages)))
+
+        self._send(
+            Gatherer(
+                self._domctl, self._p2m, types, patches, pfns=pfns,
+                frames=self._log if pfns.size > _FEW_PAGES else AllTouched(self._log),
+                unsent=self._unsent if self._zeroes else None,
+            )
+        )  # fmt: skip
+        nr_pages, zero_pages, image_bytes = before
+        return Round(
+            self.nr_pages - nr_pages, self.zero_pages - zero_pages, deferred,
+            self.image_bytes - image_bytes, time.monotonic() - started,
+        )  # fmt: skip
+
+    def _table_pages(self, pfns: np.ndarray) -> np.ndarray:
+        return np.asarray(self._log.pages[self._p2m[pfns]])
+
+    def _resolving(self, pfns: np.ndarray, types: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return (pfns, pages) of those page tables among these pfns all of whose frames are the
+        guest's; the others become XTAB, and are due again."""
+        levels = np.where(types[pfns] < PageType.BROKEN, types[pfns] & 7, 0)
+        tables = pfns[levels != 0]
+        result = canonicalise(
+            self._table_pages(tables), levels[levels != 0], self._machine.m2p, self._p2m
+        )
+        late = tables[result.deferred]
+        types[late] = PageType.XTAB
+        self._pending[late] = True
+        good = ~result.deferred
+        return tables[good], result.tables[good]

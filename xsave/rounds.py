@@ -1,0 +1,174 @@
+"""rounds: pre-copy, driven by what it measures, until the policy has decided.
+
+    send a round -> look what was written meanwhile -> measure -> precopy.decide() -> ...
+
+The guest runs all the time, throttled if the policy says so. What ends here is only the copying:
+to suspend, hand over or give up is migrate.py's.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from xsave.frames import PAGE_SIZE
+from xsave.guest.xen.domctl import Domctl
+from xsave.live import LiveWriter
+from xsave.live import Round as Sent
+from xsave.precopy import CONTINUE, Decision, Limits, Progress, Stats, decide, simulate
+from xsave.progress import Decided, Report, Round
+
+#: What a stop takes besides looking once more and sending: the vCPUs, the page tables at the other
+#: end, the hand-over. Measured (bench/bench_migrate.py).
+HAND_OVER_S = 0.015
+#: A smaller round says nothing about the bandwidth.
+_MEASURED_BYTES = 1 << 20
+#: Two looks at least so far apart: a dirty rate of less says nothing.
+_MIN_ROUND_S = 0.01
+_SAMPLES_S = (0.1, 0.2, 0.4)
+
+
+class Precopy:
+    """The rounds of one migration."""
+
+    def __init__(
+        self,
+        domctl: Domctl,
+        writer: LiveWriter,
+        limits: Limits,
+        report: Report,
+        wire_bytes: Callable[[], int],
+    ) -> None:
+        """wire_bytes(): how many bytes have left so far, compressed if they are."""
+        self._domctl = domctl
+        self._writer = writer
+        self._limits = limits
+        self._report = report
+        self._wire_bytes = wire_bytes
+        self._began = self._looked = time.monotonic()
+        self._progress = Progress()
+        self._throttle = 0
+        self._bandwidth = 0.0
+        self.nr_rounds = 0
+
+    def run(self) -> Decision:
+        """Send rounds until there is a decision that ends them."""
+        while True:
+            before = self._wire_bytes()
+            sent = self._writer.send_round()
+            self.nr_rounds += 1
+            stats = self._measure(sent, self._wire_bytes() - before)
+            decision = decide(stats, self._limits)
+            self._tell(sent, stats, decision)
+            if decision.action != CONTINUE:
+                return decision
+            if decision.throttle_percent != self._throttle:
+                self._throttle = decision.throttle_percent
+                self._domctl.throttle(self._throttle)
+                self._progress.begin_anew()
+
+    def _measure(self, sent: Sent, wire_bytes: int) -> Stats:
+        time.sleep(max(_MIN_ROUND_S - sent.seconds, 0.0))
+        looks = time.monotonic()
+        self._writer.look()
+        now = time.monotonic()
+        interval, self._looked = looks - self._looked, looks
+        pending = self._writer.pending_bytes
+        self._progress.saw(pending)
+        if wire_bytes >= _MEASURED_BYTES or not self._bandwidth:
+            # Of the image's bytes, as the pending ones are: compressed they are worth more.
+            self._bandwidth = sent.nr_bytes / max(sent.seconds, 1e-6)
+        return Stats(
+            nr_rounds=self.nr_rounds,
+            elapsed_s=now - self._began,
+            pending_bytes=pending,
+            dirty_rate=pending / max(interval, _MIN_ROUND_S),
+            bandwidth=self._bandwidth,
+            overhead_s=HAND_OVER_S + now - looks,
+            stalled_rounds=self._progress.stalled_rounds,
+            throttle_percent=self._throttle,
+        )
+
+    def _tell(self, sent: Sent, stats: Stats, decision: Decision) -> None:
+        self._report(
+            Round(
+                operation="migrate",
+                number=self.nr_rounds,
+                nr_pages=sent.nr_pages,
+                zero_pages=sent.zero_pages,
+                deferred_pages=sent.deferred_pages,
+                nr_bytes=sent.nr_bytes,
+                seconds=sent.seconds,
+                pending_pages=stats.pending_bytes // PAGE_SIZE,
+                dirty_rate=stats.dirty_rate,
+                bandwidth=stats.bandwidth,
+                estimated_downtime_s=stats.downtime_s,
+            )
+        )
+        self._report(
+            Decided(
+                "migrate",
+                decision.action,
+                decision.reason,
+                decision.estimated_downtime_s,
+                decision.throttle_percent,
+            )
+        )
+
+
+@dataclass(frozen=True)
+class DryRun:
+    """What a migration would take, by a sample of the guest's writes. Rates in bytes a second."""
+
+    dirty_log: str
+    outcome: str
+    reason: str
+    dirty_rate: float
+    bandwidth: float
+    memory_bytes: int
+    nr_rounds: int
+    total_ns: int
+    downtime_ns: int
+    bytes_sent: int
+
+
+def dry_run(
+    domctl: Domctl, writer: LiveWriter, dirty_log: str, bandwidth: float, limits: Limits
+) -> DryRun:
+    """Estimate a migration; the writer's output leads nowhere, and all of it is written once."""
+    writer.begin()
+    sent = writer.send_round()
+    looks: list[tuple[float, float]] = [(0.0, 0.0)]
+    look_s = 0.0
+    for seconds in _SAMPLES_S:
+        writer.forget_pending()
+        began = time.monotonic()
+        writer.look()
+        look_s = time.monotonic() - began
+        writer.forget_pending()
+        time.sleep(seconds)
+        interval = time.monotonic() - began
+        writer.look()
+        looks.append((interval, float(writer.pending_bytes)))
+
+    def dirty_bytes(seconds: float) -> float:
+        """Between two samples in proportion, beyond the last one as from the one before to it."""
+        known = next((i for i, (at, _) in enumerate(looks) if at >= seconds), len(looks) - 1)
+        (a, low), (b, high) = looks[max(known, 1) - 1], looks[max(known, 1)]
+        return max(low + (high - low) * (seconds - a) / max(b - a, 1e-6), 0.0)
+
+    estimate = simulate(sent.nr_bytes, dirty_bytes, bandwidth, HAND_OVER_S + look_s, limits)
+    interval, written = looks[-1]
+    return DryRun(
+        dirty_log=dirty_log,
+        outcome=estimate.outcome,
+        reason=estimate.reason,
+        dirty_rate=written / interval,
+        bandwidth=bandwidth,
+        memory_bytes=domctl.info().memory_bytes,
+        nr_rounds=estimate.nr_rounds,
+        total_ns=int(estimate.total_s * 1e9),
+        downtime_ns=int(estimate.downtime_s * 1e9),
+        bytes_sent=estimate.bytes_sent,
+    )
