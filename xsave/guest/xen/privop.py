@@ -40,10 +40,10 @@ def emulate_privileged(hv: GuestCpu) -> bool:
 
 def emulate_rdtsc(hv: GuestCpu, rdtsc: Callable[[], int]) -> bool:
     """Emulate rdtsc or rdtscp at rip, of the kernel or of user space. False: it is neither."""
-    q = hv.q
+    q, rip = hv.q, hv.cpu.linear_rip
     try:
-        code = hv.read(q[RIP], 2)
-        if code != _RDTSC and (code != _RDTSCP[:2] or hv.read(q[RIP] + 2, 1) != _RDTSCP[2:]):
+        code = hv.read(rip, 2)
+        if code != _RDTSC and (code != _RDTSCP[:2] or hv.read(rip + 2, 1) != _RDTSCP[2:]):
             return False
     except GuestFault:
         return False
