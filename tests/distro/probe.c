@@ -14,6 +14,7 @@ typedef unsigned long ulong;
 #define NR_EXIT 60
 #define NR_SIGACTION 13
 #define NR_SIGRETURN 15
+#define NR_MODIFY_LDT 154
 #define CONTEXT_IP 21
 #define CONTEXT_FLAGS 22
 #define BITS "64"
@@ -26,6 +27,7 @@ typedef unsigned long ulong;
 #define NR_EXIT 1
 #define NR_SIGACTION 174
 #define NR_SIGRETURN 173
+#define NR_MODIFY_LDT 123
 #define CONTEXT_IP 19
 #define CONTEXT_FLAGS 21
 #define BITS "32"
@@ -199,6 +201,8 @@ static void traps(void)
 	check("a gate of exceptions", SIGNAL("int $14") == SIGSEGV);
 	check("hlt", SIGNAL("hlt") == SIGSEGV);
 	check("cli", SIGNAL("cli") == SIGSEGV);
+	check("rdrand, which is hidden", SIGNAL("rdrand %%eax") == SIGILL);
+	check("AVX, which is hidden", SIGNAL("vaddps %%xmm0, %%xmm1, %%xmm2") == SIGILL);
 	check("single step", SIGNAL("pushf\n\tor" WORD " $0x100, (%%" STACK ")\n\tpopf\n\t"
 				    "nop\n\tnop") == SIGTRAP && caught_code == TRAP_TRACE);
 }
@@ -244,6 +248,51 @@ static void system_calls(ulong *arguments)
 	asm volatile("call *%2" : "=a"(other) : "a"(NR_GETPID), "m"(stack) : "memory");
 	check("the vdso", stack && other == pid);
 #endif
+}
+
+/* struct user_desc; 0x51: of 32 bits, its limit in pages, usable; 2 << 1: code. */
+static long set_ldt(unsigned entry, ulong base, unsigned flags)
+{
+	unsigned descriptor[4] = { entry, base, 0xfffff, flags };
+
+	return call(NR_MODIFY_LDT, 0x11, (long)descriptor, sizeof(descriptor), 0);
+}
+
+static unsigned read_gs(unsigned entry)
+{
+	unsigned value, old;
+
+	asm volatile("mov %%gs, %1\n\tmov %2, %%gs\n\tmov %%gs:0, %0\n\tmov %1, %%gs"
+		     : "=&r"(value), "=&r"(old) : "r"(entry << 3 | 7));
+	return value;
+}
+
+static void local_descriptors(void)
+{
+	static unsigned words[2] = { 0x12345678, 0x9abcdef0 };
+	int result = 0;
+
+	check("no local descriptor", SIGNAL("mov %1, %%gs", "r"(0xf)) == SIGSEGV);
+	check("modify_ldt", !set_ldt(1, (ulong)words, 0x51) && !set_ldt(700, (ulong)(words + 1), 0x51));
+	check("a local descriptor", read_gs(1) == words[0]);
+	check("one of another page", read_gs(700) == words[1]);
+	check("one changed", !set_ldt(1, (ulong)(words + 1), 0x51) && read_gs(1) == words[1]);
+	check("one that is not there", SIGNAL("mov %1, %%gs", "r"(0x1f)) == SIGSEGV);
+	/* Code of 32 bits, and of which the kernel is asked in between. */
+	check("code of its own", !set_ldt(3, 0, 0x51 | 2 << 1));
+#ifdef __x86_64__
+	static ulong stack;
+
+	asm volatile("mov %%rsp, %1\n\tpush $0x1f\n\tpush $1f\n\tlretq\n"
+		     ".code32\n1:\tint $0x80\n\tmov $7, %0\n\tljmp $0x33, $2f\n"
+		     ".code64\n2:\tmov %1, %%rsp"
+		     : "=&c"(result), "=m"(stack) : "a"(NR32_GETPID) : "memory");
+#else
+	asm volatile("push %%cs\n\tpush $2f\n\tljmp $0x1f, $1f\n"
+		     "1:\tint $0x80\n\tmov $7, %0\n\tlret\n2:"
+		     : "=&c"(result) : "a"(NR32_GETPID) : "memory");
+#endif
+	check("a system call from there", result == 7);
 }
 
 /*
@@ -300,6 +349,7 @@ void start(ulong *arguments)
 	arithmetic();
 	traps();
 	system_calls(arguments);
+	local_descriptors();
 	check("registers", lockstep(1000 * 1000));
 	say("probe: ");
 	say_number(bad);

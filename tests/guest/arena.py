@@ -46,6 +46,11 @@ class NoCpu:
         """Flush one page."""
         assert 0 <= address < 1 << 64
 
+    def load_ldt(self, base, entries):
+        """Use another LDT."""
+        assert 0 <= base < 1 << 64
+        assert 0 <= entries <= 8192
+
     def forget_code(self):
         """Drop translations."""
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from xsave.guest.xen.context import Vcpu
 from xsave.guest.xen.domain import Domain
+from xsave.guest.xen.ldt import is_valid
 from xsave.guest.xen.pagetable import PGT_L4
 from xsave.public import VCPU_CONTEXT_BYTES_64, VGCF_IN_KERNEL
 
@@ -23,6 +24,8 @@ def adopt_context(domain: Domain, vcpu: Vcpu, blob: bytes) -> str:
     vcpu.load_context(blob)
     context = vcpu.context
     entries, context.gdt_ents = context.gdt_ents, 0
+    ldt = context.ldt_base, context.ldt_ents
+    context.ldt_base = context.ldt_ents = 0
     roots = {register: context.ctrlreg[register] & ~0xFFF for register in _ROOTS}
     context.ctrlreg[3] = context.ctrlreg[1] = 0
     if not context.flags & VGCF_IN_KERNEL:
@@ -34,6 +37,9 @@ def adopt_context(domain: Domain, vcpu: Vcpu, blob: bytes) -> str:
     frames = [context.gdt_frames[i] for i in range(min(-(-entries // 512), 14))]
     if entries > _MAX_GDT_ENTRIES or domain.set_gdt(vcpu, frames, entries):
         return f"vCPU {vcpu.id}: its GDT frames are no valid descriptor tables"
+    if not is_valid(*ldt):
+        return f"vCPU {vcpu.id}: it has {ldt[1]} LDT entries at {ldt[0]:#x}"
+    domain.ldts.set(vcpu, *ldt)
     return ""
 
 
@@ -45,3 +51,4 @@ def _release(domain: Domain, vcpu: Vcpu) -> None:
             domain.tables.put_type(context.ctrlreg[register] >> 12)
         context.ctrlreg[register] = 0
     domain.set_gdt(vcpu, [], 0)
+    domain.ldts.set(vcpu, 0, 0)

@@ -23,11 +23,14 @@ RIP = 16
 ES_SEL, CS_SEL, SS_SEL, DS_SEL, FS_SEL, GS_SEL = ((184 + 24 * i) >> 3 for i in range(6))
 FS_BASE = FS_SEL + 1
 GS_BASE = GS_SEL + 1
+ES_BASE, CS_BASE, SS_BASE, DS_BASE = ES_SEL + 1, CS_SEL + 1, SS_SEL + 1, DS_SEL + 1
 CR2 = 440 >> 3
 CR3 = 448 >> 3
 #: A u32 among the state's `d` words: what the translator must know of the mode.
 HFLAGS = 176 >> 2
 HFLAG_CODE64 = 1 << 15
+#: Code and stack of 32 bits (set for 64-bit code too), data segments that do not begin at 0.
+HFLAG_CODE32, HFLAG_STACK32, HFLAG_ADD_BASES = 1 << 4, 1 << 5, 1 << 6
 
 _DR_RESET = struct.pack("<QQ", 0xFFFF0FF0, 0x400)
 _STATE_BYTES = 16384

@@ -2,7 +2,8 @@
 
 Nothing here is the guest's state: that is in frames and in the vCPUs' contexts. Every domain has
 a few frames of Xen's own: shared_info (the one the guest may map), the page tables that put its
-GDTs at XEN_PERDOMAIN (slot 257), a page of reserved descriptors, a zero page and a scratch page.
+GDTs and LDTs at XEN_PERDOMAIN (slot 257), a page of reserved descriptors, a zero page and a scratch
+page.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from xsave.guest.xen.context import Vcpu
 from xsave.guest.xen.cpuid import CpuPolicy
 from xsave.guest.xen.events import EventChannels, Port
 from xsave.guest.xen.grants import GrantTable
+from xsave.guest.xen.ldt import Ldts
 from xsave.guest.xen.machine import M2P_L3_FRAME, XEN_FRAMES, Machine
 from xsave.guest.xen.pagetable import PGT_SEG_DESC, PGT_WRITABLE, PGT_XEN, PageTables
 from xsave.guest.xen.time import RealClock, scale
@@ -36,6 +38,7 @@ from xsave.public import SHUTDOWN_CRASH, SharedInfo, VcpuInfo
 
 PERDOMAIN_VA = 0xFFFF_8080_0000_0000  # slot 257
 GDT_STRIDE = 0x10000
+_LDT_SLOT, _LDT_AREA = 1, PERDOMAIN_VA + (1 << 21)  # behind all GDTs
 RESERVED_GDT_PAGE = 14
 HYPERVISOR_VIRT_START = 0xFFFF_8000_0000_0000
 # Supervisor only: the emulator reads descriptors as the CPU does, the guest must not write them.
@@ -100,7 +103,7 @@ class Domain:
 
     def _use_xen_frames(self, mfns: Sequence[int]) -> None:
         self.shared_info_mfn, self._l3, self._l2, self._l1 = mfns[:4]
-        self._reserved_gdt, self._zero, self.scratch_mfn = mfns[4:]
+        self._reserved_gdt, self._zero, self.scratch_mfn, self._ldt_l1 = mfns[4:]
         self.machine.page_type[list(mfns[1:])] = PGT_XEN
         self.shared = SharedInfo.from_buffer(self.machine.map, self.shared_info_mfn << PAGE_SHIFT)
         for info in self.shared.vcpu_info:
@@ -118,6 +121,8 @@ class Domain:
         mem = self.machine.mem
         mem[self._l3, 0] = (self._l2 << PAGE_SHIFT) | _XEN_PTE
         mem[self._l2, 0] = (self._l1 << PAGE_SHIFT) | _XEN_PTE
+        mem[self._l2, _LDT_SLOT] = (self._ldt_l1 << PAGE_SHIFT) | _XEN_PTE
+        self.ldts = Ldts(self.tables, self._ldt_l1, _LDT_AREA)
         for selector_index, descriptor in RESERVED_DESCRIPTORS.items():
             mem[self._reserved_gdt, selector_index - RESERVED_GDT_PAGE * 512] = descriptor
         for vcpu in self.vcpus:

@@ -15,10 +15,11 @@ from xsave.guest.xen.context import RFLAGS_IF, Vcpu
 from xsave.guest.xen.cpuregs import CR3, CS_SEL, GS_BASE, GS_SEL, R11, RAX, RCX, RIP, RSP, SS_SEL
 from xsave.guest.xen.domain import RESERVED_DESCRIPTORS, RESERVED_GDT_PAGE, Domain
 from xsave.guest.xen.guestmem import GuestFault
-from xsave.guest.xen.vcpu import FLAT_RING3_CS64, FLAT_RING3_SS64, Cpu
+from xsave.guest.xen.vcpu import FLAT_RING3_CS64, FLAT_RING3_SS64, Cpu, segment_base
 
 M64 = (1 << 64) - 1
 DESCRIPTOR_PRESENT = 1 << 47
+_TABLE_INDICATOR = 4
 _DESCRIPTOR_LONG = 1 << 53
 _USUAL_CS64 = {FLAT_RING3_CS64 & ~3, 0x30}  # Xen's, and __USER_CS of Linux: every system call's
 _CLEARED_FLAGS = 0x54100  # AC RF NT TF
@@ -42,6 +43,7 @@ class GuestCpu:
         self.cpu, self.q = cpu, cpu.q
         cpu.promise(self.domain.policy)
         self.vcpu.load_registers(self.cpu, self.domain.gdt_base(self.vcpu))
+        self._load_ldt()
         self.powered = True
 
     def switch_to(self, vcpu: Vcpu) -> None:
@@ -53,6 +55,7 @@ class GuestCpu:
         if vcpu.fresh:
             vcpu.fresh = False
             vcpu.load_registers(self.cpu, self.domain.gdt_base(vcpu))
+            self._load_ldt()
         else:
             self.cpu.unpark(self._parked[vcpu.id], vcpu.cr3)
 
@@ -79,13 +82,25 @@ class GuestCpu:
 
     # -- segments ---
 
+    def set_ldt(self, address: int, entries: int) -> None:
+        """load_LDT: have the vCPU that runs use another LDT, for which ldt.is_valid."""
+        self.domain.ldts.set(self.vcpu, address, entries)
+        self._load_ldt()
+
+    def _load_ldt(self) -> None:
+        vcpu = self.vcpu
+        self.cpu.load_ldt(self.domain.ldts.base(vcpu), vcpu.context.ldt_ents)
+
     def descriptor(self, selector: int) -> int:
-        """Return the descriptor a selector names in the GDT, 0 if it names none that is present."""
+        """Return the descriptor a selector names, 0 if it names none that is present."""
         index = selector >> 3
+        if selector & _TABLE_INDICATOR:
+            descriptor = self.domain.ldts.descriptor(self.vcpu, index)
+            return descriptor if descriptor & DESCRIPTOR_PRESENT else 0
         if index >= RESERVED_GDT_PAGE * 512:
             return RESERVED_DESCRIPTORS.get(index, 0)
         context = self.vcpu.context
-        if selector & 4 or index >= context.gdt_ents:
+        if index >= context.gdt_ents:
             return 0
         descriptor = self.tables.q[(context.gdt_frames[index >> 9] << 9) + (index & 511)]
         return descriptor if descriptor & DESCRIPTOR_PRESENT else 0
@@ -102,8 +117,7 @@ class GuestCpu:
         if not descriptor:
             selector = 0
         self.q[GS_SEL] = self.q[GS_SEL] & ~0xFFFF | selector
-        base = descriptor >> 16 & 0xFFFFFF | descriptor >> 32 & 0xFF000000
-        self.vcpu.context.gs_base_user = base
+        self.vcpu.context.gs_base_user = segment_base(descriptor)
 
     # -- into the kernel ---
 

@@ -27,7 +27,7 @@ from xsave.guest.xen.cpuregs import (
     RSI,
     RSP,
 )
-from xsave.guest.xen.domain import Domain
+from xsave.guest.xen.domain import HYPERVISOR_VIRT_START, Domain
 from xsave.guest.xen.guestcpu import M64, GuestCpu
 from xsave.guest.xen.guestmem import GuestFault
 from xsave.guest.xen.pagetable import PGT_L1
@@ -92,7 +92,8 @@ class Hypervisor(GuestCpu):
 
     def _code_pages(self) -> Iterator[int]:
         """Machine addresses of what the guest executes: rip's page and the one behind it."""
-        for address in (self.q[RIP], self.q[RIP] + PAGE_SIZE):
+        rip = self.cpu.linear_rip
+        for address in (rip, rip + PAGE_SIZE):
             page = self.tables.walk(self.vcpu.cr3 >> 12, address & -PAGE_SIZE & M64)
             if page >= 0:
                 yield page
@@ -128,8 +129,9 @@ class Hypervisor(GuestCpu):
 
     def _instruction_bytes(self) -> int:
         """The length of the syscall or sysenter at rip: user space may put prefixes before it."""
+        rip = self.cpu.linear_rip
         for nr in range(_MAX_INSTRUCTION_BYTES - 1):
-            if self.read((self.q[RIP] + nr) & M64, 1) == _TWO_BYTE_OPCODE:
+            if self.read((rip + nr) & M64, 1) == _TWO_BYTE_OPCODE:
                 return nr + _SYSCALL_BYTES
         return _SYSCALL_BYTES
 
@@ -278,6 +280,11 @@ class Hypervisor(GuestCpu):
 
     def _page_fault(self, error_code: int) -> None:
         vcpu, address = self.vcpu, self.q[CR2]
+        if address >= HYPERVISOR_VIRT_START and address >> 47 == 0x1FFFF:
+            there = self.domain.ldts.fault(vcpu, address)
+            if there == 0:
+                return
+            address = there or address
         write = error_code & 3 == 3 and vcpu.in_kernel
         if write and self._is_table_write(address) and emulate_table_write(self, address):
             return
@@ -365,6 +372,8 @@ class Hypervisor(GuestCpu):
         cpu.rflags = rflags & RFLAGS_LIVE | RFLAGS_IF | 2
         compat = cs & 3 == 3 and self.is_compat(cs & 0xFFFF)
         cpu.set_selectors(cs & 0xFFFF | 3, ss & 0xFFFF | 3, compat=compat)
+        if compat:
+            cpu.set_compat_segments(self.descriptor(cs & 0xFFFF), self.descriptor(ss & 0xFFFF))
         q[RAX], q[RSP] = rax, rsp
         if not flags & _VGCF_IN_SYSCALL:
             q[R11], q[RCX] = r11, rcx

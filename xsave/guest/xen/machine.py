@@ -49,7 +49,7 @@ M2P_L2_FRAME = 2
 M2P_FIRST_FRAME = 512
 MIN_FRAMES = 4 * CHUNK_FRAMES
 #: Frames of every domain that are Xen's own (domain.py).
-XEN_FRAMES = 7
+XEN_FRAMES = 8
 MAX_FRAMES = 1 << 27  # 512 GiB: one L2 of m2p superpages
 
 _HEADER_BYTES = PAGE_SIZE

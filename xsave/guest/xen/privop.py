@@ -30,7 +30,7 @@ _LONGEST = 5
 def fetch(hv: GuestCpu) -> bytes:
     """Return the bytes at rip, as many as the longest of these instructions has, fewer if the page
     behind is not there."""
-    rip = hv.q[RIP]
+    rip = hv.cpu.linear_rip
     try:
         return hv.read(rip, _LONGEST)
     except GuestFault:

@@ -69,6 +69,8 @@ _GPR8 = (
 )  # fmt: skip
 
 
+DESCRIPTOR_32_BITS = 1 << 54
+_LONG_MODE = cpuregs.HFLAG_CODE64 | cpuregs.HFLAG_CODE32 | cpuregs.HFLAG_STACK32
 #: The timer chip's counter 2.
 _TIMER_2 = 0x42
 
@@ -91,6 +93,11 @@ def _direct_calls() -> ctypes.PyDLL:
 
 
 _direct = _direct_calls()
+
+
+def segment_base(descriptor: int) -> int:
+    """Return where the segment of a descriptor of 8 bytes begins."""
+    return descriptor >> 16 & 0xFFFFFF | descriptor >> 32 & 0xFF000000
 
 
 class Handler(Protocol):
@@ -293,13 +300,13 @@ class Cpu:
         if found is None:
             return
         block, nr_before, address = found
-        if nr_before and self.q[cpuregs.RIP] == block:
+        if nr_before and self.linear_rip == block:
             self._forget_code(counted=True)  # the block is barred
             vex.watching = False
             self._start(nr_before)
             vex.watching = True
         self._forget_code(counted=self._counted)  # of which the block was a part each time
-        if self.q[cpuregs.RIP] == address:
+        if self.linear_rip == address:
             self.handler.invalid_opcode()
 
     def _forget_code(self, *, counted: bool) -> None:
@@ -370,15 +377,39 @@ class Cpu:
         if compat:
             d[cpuregs.HFLAGS] &= ~cpuregs.HFLAG_CODE64
         else:
-            d[cpuregs.HFLAGS] |= cpuregs.HFLAG_CODE64
+            d[cpuregs.HFLAGS] |= _LONG_MODE
+            q[cpuregs.CS_BASE] = 0
         q[cpuregs.CS_SEL] = (q[cpuregs.CS_SEL] & ~0xFFFF) | cs
         q[cpuregs.SS_SEL] = (q[cpuregs.SS_SEL] & ~0xFFFF) | ss
+
+    def set_compat_segments(self, cs: int, ss: int) -> None:
+        """Go on in these descriptors' segments (set_selectors has said by which selectors): the
+        emulator has looked at neither, nor at where its data segments begin."""
+        q = self.q
+        q[cpuregs.CS_BASE], q[cpuregs.SS_BASE] = segment_base(cs), segment_base(ss)
+        flags = self.state.d[cpuregs.HFLAGS] & ~(_LONG_MODE | cpuregs.HFLAG_ADD_BASES)
+        if cs & DESCRIPTOR_32_BITS:
+            flags |= cpuregs.HFLAG_CODE32
+        if ss & DESCRIPTOR_32_BITS:
+            flags |= cpuregs.HFLAG_STACK32
+        if q[cpuregs.DS_BASE] | q[cpuregs.ES_BASE] | q[cpuregs.SS_BASE]:
+            flags |= cpuregs.HFLAG_ADD_BASES
+        self.state.d[cpuregs.HFLAGS] = flags
+
+    @property
+    def linear_rip(self) -> int:
+        """The address of the next instruction, wherever its segment begins."""
+        q = self.q
+        return q[cpuregs.RIP] + q[cpuregs.CS_BASE] & 0xFFFFFFFF if self.compat else q[cpuregs.RIP]
 
     def selector(self, index: int) -> int:
         return self.q[index] & 0xFFFF
 
     def load_gdt(self, base: int) -> None:
         self._uc.reg_write(x86.UC_X86_REG_GDTR, (0, base, 0xFFFF, 0))
+
+    def load_ldt(self, base: int, entries: int) -> None:
+        self._uc.reg_write(x86.UC_X86_REG_LDTR, (0, base, max(8 * entries - 1, 0), 0))
 
     def load_segment(self, name: str, selector: int) -> None:
         """Set a data segment's visible selector (its base is never used in 64-bit mode)."""

@@ -14,8 +14,9 @@ import numpy as np
 
 from xsave.frames import PTE_PRESENT
 from xsave.guest.xen.context import Vcpu
-from xsave.guest.xen.guestmem import GuestFault, is_guest_address
+from xsave.guest.xen.guestmem import GuestFault
 from xsave.guest.xen.hypervisor import Hypervisor
+from xsave.guest.xen.ldt import is_valid
 from xsave.guest.xen.pagetable import PGT_L4, PGT_WRITABLE
 from xsave.guest.xen.progress import ERESTART
 
@@ -34,7 +35,6 @@ _REFUSED = {
     _FLUSH_CACHE: -errno.EACCES, _FLUSH_CACHE_GLOBAL: -errno.EINVAL,
     _MARK_SUPER: -errno.EOPNOTSUPP, _UNMARK_SUPER: -errno.EOPNOTSUPP,
 }  # fmt: skip
-_MAX_LDT_ENTRIES = 8192
 _MMU_UPDATE_PREEMPTED = 1 << 31
 _MAX_COUNT = _MMU_UPDATE_PREEMPTED - 1
 _COUNT = struct.Struct("<I")
@@ -169,7 +169,7 @@ def _one_op(hv: Hypervisor, command: int, arg1: int, arg2: int) -> int:
     if command in _FLUSHES or command in _PAGE_FLUSHES:
         return _flush(hv, command, arg1, arg2)
     if command == _SET_LDT:
-        return _set_ldt(arg1, arg2 & 0xFFFFFFFF)
+        return _set_ldt(hv, arg1, arg2 & 0xFFFFFFFF)
     if command in _REFUSED:
         return _REFUSED[command]
     if command in (_CLEAR_PAGE, _COPY_PAGE):
@@ -191,12 +191,11 @@ def _flush(hv: Hypervisor, command: int, address: int, mask: int) -> int:
     return 0
 
 
-def _set_ldt(address: int, entries: int) -> int:
-    """None is taken; one that Xen would take is not supported."""
-    if not entries:
-        return 0
-    bad = entries > _MAX_LDT_ENTRIES or address & 0xFFF or not is_guest_address(address)
-    return -errno.EINVAL if bad else -errno.ENOSYS
+def _set_ldt(hv: Hypervisor, address: int, entries: int) -> int:
+    if not is_valid(address, entries):
+        return -errno.EINVAL
+    hv.set_ldt(address, entries)
+    return 0
 
 
 def _pin(hv: Hypervisor, command: int, mfn: int) -> int:
