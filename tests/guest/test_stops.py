@@ -162,6 +162,12 @@ def test_no_loop_goes_on_for_ever(guest, kind):
             assert start <= rip < start + len(code) or rip == guest.va(2)
 
 
+def test_an_interrupt_may_come_before_the_first_run(guest):
+    """Who interrupts need not know whether the guest has begun to run."""
+    guest.hv.interrupt()
+    assert guest.run(b"\x90") == guest.va(0, 1)
+
+
 def test_a_count_and_a_watch_end_a_run_in_the_midst_of_a_block(guest):
     """What needs to look at single instructions still can: before, after and between free runs."""
     code = b"\x90" * 20

@@ -73,7 +73,8 @@ class Stops:
             raise UnsupportedEmulator("the CPU object of this unicorn has another layout")
         self._asked_ns: int | None = None
         self._cut: set[int] = set()
-        self._thread = self._clock = -1
+        self._thread = -1
+        self._clock: int | None = None  # of the thread that ran last
 
     def begin(self, *, looking: bool) -> None:
         """Before a run, in the thread that will run: what is translated from here on looks for a
@@ -101,6 +102,8 @@ class Stops:
         has ended; in between, the thread that runs may not begin another run.
 
         pages: machine addresses of the pages that code at rip may be in; asked for if needed."""
+        if self._clock is None:  # the first run has not begun yet
+            return
         self._stop(self._engine)
         self._cluster.value = _NOWHERE
         spent_ns = time.clock_gettime_ns(self._clock)
