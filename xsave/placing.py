@@ -24,6 +24,8 @@ from xsave.image.pages import PageBatch, has_data, zero_pages
 _POOL_FRAMES = 65536
 #: Pages that may wait to be put into frames, unless one record alone is more.
 _MAX_WAITING_BYTES = 96 << 20
+#: Of a live migration hardly any: what waits here at the guest's suspend, the guest waits for.
+_MAX_WAITING_LIVE_BYTES = 4 << 20
 _INVALID = np.uint64(INVALID_P2M_ENTRY)
 _XALLOC, _NOTAB = np.uint8(PageType.XALLOC), np.uint8(PageType.NOTAB)
 
@@ -31,14 +33,16 @@ _XALLOC, _NOTAB = np.uint8(PageType.XALLOC), np.uint8(PageType.NOTAB)
 class Memory:
     """p2m (size,) u64 and the last type of every pfn, types (size,) u8 (XTAB: never seen)."""
 
-    def __init__(self, domctl: Domctl, p2m_size: int) -> None:
+    def __init__(self, domctl: Domctl, p2m_size: int, *, live: bool = False) -> None:
+        """live: the guest may still run where the pages come from."""
         self._domctl = domctl
         self._machine = domctl.machine
         self.p2m = np.full(p2m_size, _INVALID, np.uint64)
         self.types = np.full(p2m_size, PageType.XTAB, np.uint8)
         self._written = np.zeros(p2m_size, bool)
         self._queued = np.zeros(p2m_size, bool)  # ever left to the thread
-        self._write_behind = Behind(self._machine.write_frames, _MAX_WAITING_BYTES)
+        most = _MAX_WAITING_LIVE_BYTES if live else _MAX_WAITING_BYTES
+        self._write_behind = Behind(self._machine.write_frames, most)
         self._offsets = np.zeros(p2m_size, np.uint64)
         self._pool = np.empty(0, np.uint64)
         self.nr_populated = 0

@@ -248,7 +248,9 @@ class Reader:
             warm=bool(self._suffix),  # while pages come, the guest still runs there
             seed=config.seed,
         )
-        self._memory = Memory(self._domctl, p2m_size)
+        self._memory = Memory(self._domctl, p2m_size, live=bool(self._suffix))
+        if self._suffix:  # else a guest that is soon suspended would wait for the process to start
+            self._domctl.wait_begun()
 
     def _page_data(self, item: Item) -> None:
         batch: PageBatch = item.value
