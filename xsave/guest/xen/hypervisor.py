@@ -76,7 +76,9 @@ class Hypervisor(GuestCpu):
 
     def power_on(self) -> None:
         """Make the emulated CPU, whose crossings come here, with vCPU 0 on it."""
-        self.start_cpu(Cpu(self.domain.machine, self.domain.scratch_mfn, self))
+        domain = self.domain
+        fixed = domain.clock.virtual
+        self.start_cpu(Cpu(domain.machine, domain.scratch_mfn, self, fixed_tlb=fixed))
 
     def kick(self) -> None:
         """Make run() return at the next crossing."""
