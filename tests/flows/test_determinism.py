@@ -16,6 +16,7 @@ from tests.flows.flow import (
     ticks,
     wait_for_tick,
 )
+from xsave.errors import SuspendFailed
 from xsave.frames import PTE_FRAME_MASK, PTE_PRESENT
 from xsave.guest.xen.machine import DOMID_XEN
 from xsave.host.host import add_host
@@ -106,6 +107,21 @@ def test_the_same_state_gives_the_same_bytes(xsave_home, tmp_path):
     assert frame_numbers(second, seen["a"]) == []
     assert frame_numbers(second, seen["b"]) == []
     nothing_is_left_but_the_hole(a)
+
+
+def test_a_host_can_be_as_busy_as_it_likes(xsave_home, tmp_path, monkeypatch):
+    """No time-out ends the suspend of a deterministic guest, which would see that, but its own
+    time only; by the real clock the same one does."""
+    monkeypatch.setenv("XSAVE_SUSPEND_TIMEOUT", "0.00001")
+    host = add_host("a", 64 * MIB, seed=1)
+    create(host, deterministic=7)
+    save(host, tmp_path / "img")
+    create(host)
+    wait_for_tick(host)
+    with pytest.raises(SuspendFailed, match="in time"):
+        save(host, tmp_path / "img")
+    destroy(host)
+    nothing_is_left(host)
 
 
 def nothing_is_left_but_the_hole(host):

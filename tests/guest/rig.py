@@ -68,7 +68,12 @@ class Machines:
 
 
 def make_domain(
-    machine: Machine, domid: int = 1, *, max_pages: int = 1024, nr_vcpus: int = 1
+    machine: Machine,
+    domid: int = 1,
+    *,
+    max_pages: int = 1024,
+    nr_vcpus: int = 1,
+    frame_order: int | None = None,
 ) -> Domain:
     """An empty domain in virtual time."""
     log = machine.directory / f"console-{domid}.log"
@@ -79,6 +84,7 @@ def make_domain(
         max_pages=max_pages,
         clock=VirtualClock(),
         log_path=log,
+        frame_order=frame_order,
     )
     domains_of(machine).append(domain)
     return domain

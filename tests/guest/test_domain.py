@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 
 from tests.guest.pagetable_model import CODE
-from tests.guest.rig import FULL, Guest, make_domain
+from tests.guest.rig import FULL, MIB, Guest, make_domain
 from xsave.errors import HostCannotTake
 from xsave.guest.xen.domain import PERDOMAIN_VA, RESERVED_GDT_PAGE
 from xsave.guest.xen.hypercalls import memory
+from xsave.guest.xen.hypervisor import Hypervisor
 from xsave.guest.xen.machine import DOMID_FREE
 from xsave.guest.xen.pagetable import PGT_L1, PGT_SEG_DESC, PGT_WRITABLE, PGT_XEN
 from xsave.public import SHUTDOWN_CRASH
@@ -152,6 +153,26 @@ def test_a_console_ring_full_of_lies(ringed, indices):
     log = (ringed.machine.directory / "console-1.log").read_bytes()
     assert log == b""
     assert ringed.machine.pages[others].tobytes() == before
+
+
+def test_all_frames_follow_from_the_order(machines):
+    """Xen's, those that fill it, those of its grant table and those that it asks for: a domain
+    with an order gets the same on hosts with different seeds and pasts, so that no number of a
+    frame that its kernel ever sees is another."""
+
+    def frames_of(machine):
+        domain = make_domain(machine, frame_order=5)
+        given = [np.flatnonzero(machine.owner == domain.domid), domain.allocate(20)]
+        assert domain.grants.setup(3) == 0
+        given.append(domain.grants.frames)
+        given.append(memory._take(Hypervisor(domain, {}), 4))
+        assert all(len(mfns) for mfns in given)
+        return [[int(mfn) for mfn in mfns] for mfns in given]
+
+    first, second = machines.make(8 * MIB, seed=1), machines.make(8 * MIB, seed=2)
+    second.free(second.allocate(9, 50))
+    assert frames_of(first) == frames_of(second)
+    assert (first.allocate(2, 9) != second.allocate(2, 9)).any()
 
 
 # -- descriptor tables ---

@@ -62,7 +62,7 @@ class RunningDomain:
         """Make the emulated CPU in advance: that takes 20 ms, and the guest's state is not needed
         for it."""
         if self._cpu is None and not self.xen.powered:
-            self._cpu = Cpu(self.machine, self.domain.scratch_mfn, self.xen)
+            self._cpu = self.xen.make_cpu()
 
     def forget_cpu(self) -> None:
         """What was made in advance was for a domain that is no more."""

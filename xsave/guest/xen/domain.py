@@ -85,7 +85,7 @@ class Domain:
         self._hold_writable(self.shared_info_mfn)
         self.vcpus = [Vcpu(i, self.shared.vcpu_info[i]) for i in range(nr_vcpus)]
         self.events = EventChannels(self.tables, self.vcpus, self.shared)
-        self.grants = GrantTable(machine, domid, self.tables)
+        self.grants = GrantTable(machine, self.tables, self.allocate)
         self._build_perdomain()
         self.console = Console(log_path)
         self.console_port = 0

@@ -12,7 +12,10 @@ not be given back while the backend has it. Mirrors xen/common/grant_table.c.
 from __future__ import annotations
 
 import struct
+from collections.abc import Callable
 from dataclasses import dataclass
+
+import numpy as np
 
 from xsave.errors import OutOfFrames
 from xsave.frames import PAGE_SHIFT
@@ -44,10 +47,13 @@ class Grant:
 class GrantTable:
     """One domain's; all of it is version 1."""
 
-    def __init__(self, machine: Machine, domid: int, tables: PageTables) -> None:
+    def __init__(
+        self, machine: Machine, tables: PageTables, allocate: Callable[[int], np.ndarray]
+    ) -> None:
+        """allocate: Domain.allocate. The guest learns the numbers of these frames as well."""
         self._machine = machine
-        self._domid = domid
         self._tables = tables
+        self._allocate = allocate
         self.frames: list[int] = []
         self._pins: dict[int, list[int]] = {}  # ref -> [readers, writers]
 
@@ -59,7 +65,7 @@ class GrantTable:
         if missing <= 0:
             return OKAY
         try:
-            mfns = self._machine.allocate(self._domid, missing).tolist()
+            mfns = self._allocate(missing).tolist()
         except OutOfFrames:
             return GENERAL_ERROR
         for mfn in mfns:

@@ -76,9 +76,14 @@ class Hypervisor(GuestCpu):
         self.nr_crossings = 0
 
     def power_on(self) -> None:
-        """Make the emulated CPU, whose crossings come here, with vCPU 0 on it."""
+        """Make the emulated CPU, with vCPU 0 on it."""
+        self.start_cpu(self.make_cpu())
+
+    def make_cpu(self) -> Cpu:
+        """Return an emulated CPU whose crossings come here, with nothing on it yet."""
         domain = self.domain
-        self.start_cpu(Cpu(domain.machine, domain.scratch_mfn, self))
+        fixed = domain.clock.virtual
+        return Cpu(domain.machine, domain.scratch_mfn, self, fixed_tlb=fixed)
 
     def kick(self) -> None:
         """Make run() return at the next crossing."""

@@ -52,6 +52,7 @@ from xsave.guest.xen.cpuid import CpuPolicy
 from xsave.guest.xen.guestmem import GuestFault
 from xsave.guest.xen.machine import Machine
 from xsave.guest.xen.stops import Stops
+from xsave.guest.xen.tlb import Tlb
 from xsave.guest.xen.vextrap import USER_END, VexTrap
 
 FLAT_RING3_CS64 = 0xE033
@@ -119,7 +120,10 @@ class EmulatorFault(Exception):
 class Cpu:
     """One emulated processor. `q` is a live view of its registers (indices in cpuregs)."""
 
-    def __init__(self, machine: Machine, scratch_mfn: int, handler: Handler) -> None:
+    def __init__(
+        self, machine: Machine, scratch_mfn: int, handler: Handler, *, fixed_tlb: bool = False
+    ) -> None:
+        """fixed_tlb: the host's clock has no part in the size of the TLB (see tlb.py)."""
         self.machine = machine
         self._scratch = scratch_mfn << 12
         self._uc = Uc(UC_ARCH_X86, UC_MODE_64)
@@ -130,6 +134,7 @@ class Cpu:
         self.state = cpuregs.CpuState(state)
         self.q = self.state.q
         self._features = CpuFeatures(self.q)
+        self._tlb = Tlb(state) if fixed_tlb else None
         self._word = ctypes.c_uint64(0)
         self._word_ref = ctypes.byref(self._word)
         context_bytes = uclib.uc_context_size(self._handle)
@@ -214,6 +219,7 @@ class Cpu:
         self._bringing_up = True
         self._features.have_all()
         self._vex.watching = False
+        self._keep_tlb_size()
         uc.context_restore(self._reset)
         uc.ctl(UC_CTL_TLB_FLUSH, UC_CTL_IO_WRITE)  # a cr3 write flushes with paging on only
         uc.reg_write(x86.UC_X86_REG_CR4, uc.reg_read(x86.UC_X86_REG_CR4) | _CR4_ALWAYS | cr4)
@@ -357,13 +363,20 @@ class Cpu:
         self._word.value = value
         _direct.uc_reg_write(self._handle, x86.UC_X86_REG_RFLAGS, self._word_ref)
 
+    def _keep_tlb_size(self) -> None:
+        """Before every flush."""
+        if self._tlb is not None:
+            self._tlb.hold()
+
     def load_cr3(self, value: int) -> None:
         """Switch address space and forget all translations. Paging must be on."""
         self.q[cpuregs.CR3] = value
+        self._keep_tlb_size()
         _direct.tlb_flush_x86_64(self._cpu)
 
     def flush_page(self, address: int) -> None:
-        """Forget the translations of one page: invlpg."""
+        """Forget the translations of one page: invlpg. (All of them, if there is a large one.)"""
+        self._keep_tlb_size()
         _direct.tlb_flush_page_x86_64(self._cpu, address)
 
     @property
