@@ -42,6 +42,7 @@ class Guest:
         self.machine = SimpleNamespace(
             mem=mem, m2p=m2p, nr_frames=NR_FRAMES,
             resident=lambda mfns: np.ones(mfns.size, bool), pages=mem.view(np.uint8),
+            let_go=lambda mfns: None,
         )  # fmt: skip
         self.types = np.zeros(NR_FRAMES, np.uint8)
         self.dirty = np.zeros(NR_FRAMES, bool)

@@ -135,7 +135,10 @@ class LiveWriter(Writer):
         backed = p2m != _INVALID
         pending[backed] |= dirty[p2m[backed]]
         self._page_types = self._types()
-        pending |= (p2m != self._sent_p2m) | (self._page_types != self._sent_types)
+        changed = p2m != self._sent_p2m
+        if (left := self._sent_p2m[changed & (self._sent_p2m != _INVALID)]).size:
+            self._machine.let_go(left)
+        pending |= changed | (self._page_types != self._sent_types)
         # The p2m's own pages are sent as canonical ones: only holes that come and go change them.
         # One page may stand for several ranges.
         frames = self._frames

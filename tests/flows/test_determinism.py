@@ -154,7 +154,7 @@ def test_no_frame_number_in_real_time_either(xsave_home, tmp_path):
 )
 def test_the_scan_finds_a_planted_frame_number(xsave_home, builtin_image, tmp_path, plant):
     """One mfn, bare or as an entry, in one word of one page: the scan names that very word."""
-    host = big_host("a", 45)
+    host = big_host("a", 46)
     restore(host, builtin_image, paused=True)
     mfns = own_mfns(host)
     value = plant(int(mfns[9]))

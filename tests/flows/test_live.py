@@ -105,7 +105,7 @@ def test_a_guest_whose_memory_changes_meanwhile(host, target, kind, monkeypatch)
     change, and the target has just the guest's."""
     oracle = Oracle(monkeypatch, target)
     start(host, cmdline="touch=1M write=2M rate=20M")
-    sizes = iter((12 * MIB, 14 * MIB, 11 * MIB, 16 * MIB, 13 * MIB))
+    sizes = iter((12 * MIB, 14 * MIB, 11 * MIB, 15 * MIB, 13 * MIB))
 
     def balloon(event):
         if isinstance(event, Round):
@@ -116,9 +116,8 @@ def test_a_guest_whose_memory_changes_meanwhile(host, target, kind, monkeypatch)
     result = migrate_live(host, target, dirty_log=kind, report=balloon)
     assert oracle.found.different == ()
     assert result.nr_rounds > 3
+    assert oracle.found.nr_pages < 4096
     moved(host, target)
-    with target.find("g") as domctl:
-        assert domctl.info().memory_bytes < 16 * MIB
 
 
 def test_deferred_page_tables(host, target, monkeypatch):

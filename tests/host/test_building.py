@@ -26,6 +26,7 @@ def test_the_target_of_a_balloon_is_in_xenstore(xsave_home, tmp_path, target):
         control=SimpleNamespace(console_output=print, resume_input=print),
         disk_done=print,
         forget_code=print,
+        forget_cpu=lambda: None,
     )
     ours, _theirs = socket.socketpair()
     arguments = {"nr_vcpus": 1, "max_pages": 256, "target_pages": target}

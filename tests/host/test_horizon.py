@@ -10,6 +10,7 @@ from tests.guest.rig import Machines, make_domain
 from xsave.host.control import Client, Request
 from xsave.host.disk.disks import Disks
 from xsave.host.operations import Operations
+from xsave.host.throttle import Throttle
 
 
 class Control:
@@ -40,6 +41,7 @@ class Scene:
             built=True,
             paused=False,
             holding=self.holds,
+            throttle=Throttle(),
         )
         self.operations = Operations(self.running)
         self.operations._building.committed = True

@@ -192,17 +192,30 @@ class Machine:
         """Take frames back: clear their table rows, punch their contents out, mark them free."""
         if not len(mfns):
             return
+        runs = self._punch(mfns)
+        with self.lock():
+            self.m2p[runs] = INVALID_M2P_ENTRY
+            for column, _ in _COLUMNS[1:]:
+                getattr(self, column)[runs] = 0
+            self.owner[runs] = DOMID_FREE
+
+    def _punch(self, mfns: np.ndarray) -> np.ndarray:
+        """Make holes of frames, at least one; return them as i64, ascending."""
         runs = np.sort(mfns.astype(np.int64))
         breaks = np.flatnonzero(np.diff(runs) != 1) + 1
         starts = runs[np.concatenate(([0], breaks))]
         ends = runs[np.concatenate((breaks - 1, [runs.size - 1]))] + 1
         for start, end in zip(starts.tolist(), ends.tolist(), strict=True):
             self.map.madvise(mmap.MADV_REMOVE, start << PAGE_SHIFT, (end - start) << PAGE_SHIFT)
+        return runs
+
+    def let_go(self, mfns: np.ndarray) -> None:
+        """Who read frames of another process's domain may have read some that were free by then,
+        and a hole that is read is none any more: make holes again of those that are free."""
         with self.lock():
-            self.m2p[runs] = INVALID_M2P_ENTRY
-            for column, _ in _COLUMNS[1:]:
-                getattr(self, column)[runs] = 0
-            self.owner[runs] = DOMID_FREE
+            free = mfns[self.owner[mfns] == DOMID_FREE]
+            if free.size:
+                self._punch(free)
 
     def free_domain(self, domid: int) -> int:
         """Free every frame the domain owns; return how many there were."""
