@@ -12,7 +12,6 @@ from xsave.host.host import add_host
 pytestmark = pytest.mark.slow
 
 
-@pytest.mark.xfail(reason="two runs differ now and then, it is not known why")
 @pytest.mark.parametrize("vcpus", [1, 2])
 def test_twice_the_same(xsave_home, kernel, ramdisk, tmp_path, vcpus):
     """Two hosts that hand out frames in different orders, the same commands on both: boot, run,
