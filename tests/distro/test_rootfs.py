@@ -18,8 +18,8 @@ import time
 import pytest
 
 from tests.conftest import directory_named_by
+from tests.distro.blockdevice import modules
 from tests.distro.initramfs import archive
-from tests.distro.test_disk import MODULES, module
 from tests.flows.flow import console, nothing_is_left, restore, save, state, wait_for
 from xsave.host.create import create
 from xsave.host.host import add_host
@@ -48,16 +48,16 @@ COMPLAINTS = re.compile(
 )
 
 
-def ramdisk(busybox, modules):
-    """Return an initial ramdisk that mounts xvda and goes on with its init."""
-    found = {name: module(modules, name) for name in MODULES}
-    found = {name: data for name, data in found.items() if data is not None}
+def ramdisk(busybox, found):
+    """Return an initial ramdisk that loads these modules, mounts xvda and goes on with its init."""
     return archive(
         {
-            "init": INIT.format(modules=" ".join(found)).encode(),
+            "init": INIT.format(
+                modules=" ".join(name.removesuffix(".ko") for name in found)
+            ).encode(),
             "busybox": busybox.read_bytes(),
             "sbin": None,
-            **{f"{name}.ko": data for name, data in found.items()},
+            **found,
         }
     )
 
@@ -78,8 +78,7 @@ def guest(request, tmp_path):
         pytest.skip(f"no kernel {request.param} with its modules in {directory}")
     kernel = kernels[-1]
     initrd = tmp_path / "initrd"
-    modules = directory / kernel.name.replace("vmlinuz", "modules")
-    initrd.write_bytes(ramdisk(directory / "busybox", modules))
+    initrd.write_bytes(ramdisk(directory / "busybox", modules(directory, kernel.name)))
     copy = tmp_path / "root.img"
     subprocess.run(["cp", "--sparse=always", root, copy], check=True)
     return str(kernel), str(initrd), copy

@@ -167,10 +167,10 @@ def level_left_alone(level):
 def context_left_alone(change):
     """A vCPU's context goes into the image with one number as Xen has it."""
 
-    def write_tail(self, state, page, shared, vcpus, contexts):
+    def write_tail(self, seen, vcpus, contexts):
         for context, vcpu in zip(contexts, vcpus, strict=True):
             change(context, save.VcpuGuestContext.from_buffer_copy(vcpu.context))
-        honest(self, state, page, shared, vcpus, contexts)
+        honest(self, seen, vcpus, contexts)
 
     honest = save.Writer._write_tail
     return save.Writer, "_write_tail", write_tail
