@@ -1,0 +1,130 @@
+"""The protocol of the hand-over, checked in every state it can come to; and that the check finds
+what it is there for: each of these changes to the tables is one that somebody might make."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from tests.host.handover_model import SOURCE_SIDE, Model, Tables, explore
+from xsave.host.handover import table
+from xsave.host.handover.table import Act, Message, Row, State, Step, Verdict
+
+S = State
+
+
+def test_one_copy_runs_in_every_world():
+    """Whatever is lost, late or dies, with a recovery at either end at any time: never two running
+    copies; and once both ends recover, exactly one, and no other is left."""
+    nr_worlds, wrong, _ = explore(Model())
+    assert wrong == ""
+    assert nr_worlds > 40_000
+
+
+@pytest.mark.slow
+def test_two_recoveries_of_one_end():
+    """The same with two recoveries at the source at a time."""
+    nr_worlds, wrong, _ = explore(Model(recoveries=(SOURCE_SIDE, SOURCE_SIDE)))
+    assert wrong == ""
+    assert nr_worlds > 60_000
+
+
+def test_domains_die_too():
+    """The processes of the domains themselves may die at any moment: a guest is lost with its own,
+    but no second copy of it ever runs, and recoveries leave none that waits."""
+    nr_worlds, wrong, _ = explore(Model(recoveries=(SOURCE_SIDE,), mortal=True))
+    assert wrong == ""
+    assert nr_worlds > 10_000
+
+
+def test_all_of_the_tables_is_explored():
+    """No row, step or verdict is there that no world ever comes to: what is not explored would not
+    be checked."""
+    places, states, pairs = set(), set(), set()
+
+    class Watching(Model):
+        def next(self, w):
+            places.update({w.sender, w.receiver})
+            states.update({w.source, w.target})
+            pairs.add((w.source, w.target))
+            return super().next(w)
+
+    explore(Watching(recoveries=(SOURCE_SIDE,)))
+    rows = (*table.SENDER, *table.RECEIVER)
+    assert {row.at for row in rows} | table.SENDER_ENDS | table.RECEIVER_ENDS <= places
+    # A guest that ends is not in the model, nor is a host that is lost with its journals.
+    beyond = {S.ENDED, S.UNKNOWN}
+    assert set(S) - states == beyond
+    by_hand = {(S.GIVEN_UP, S.ABANDONED)}  # somebody destroyed the guest while it was held
+    assert {pair for pair in table.VERDICTS if not beyond & set(pair)} - pairs == by_hand
+
+
+def changed(rows, at, what, **changes):
+    """Return the rows with one changed."""
+    assert any((row.at, row.what) == (at, what) for row in rows)
+    return tuple(
+        replace(row, **changes) if (row.at, row.what) == (at, what) else row for row in rows
+    )
+
+
+def allowing(step, *states):
+    """Return a step that may be taken in more states."""
+    allowed, after = table.STEPS[step]
+    return {step: (allowed | set(states), after)}
+
+
+GO_FIRST = (
+    table.SENDER[0],
+    Row("offered", Act.SEND, Message.GO, then="holding", lost="unsaid"),
+    Row("holding", Act.DO, Step.HOLD, then="asked", lost="unknown"),
+    *table.SENDER[3:],
+)
+START_FIRST = (
+    Row("complete", Act.DO, Step.OFFER, then="told", lost="failed"),
+    *table.RECEIVER[3:],
+)
+REPORT_FIRST = (
+    *table.RECEIVER[:3],
+    Row("told", Act.SEND, Message.STARTED, then="running", lost="unable"),
+    Row("running", Act.DO, Step.TAKE_OVER, then="taken", lost="unable"),
+    *table.RECEIVER[5:],
+)
+MUTATIONS = {
+    "the go-ahead before the hold": Tables(sender=GO_FIRST),
+    "taken back when the go-ahead may be on its way": Tables(
+        sender=changed(table.SENDER, "holding", Message.GO, lost="unsaid")
+    ),
+    "taken back when no report comes": Tables(
+        sender=changed(table.SENDER, "asked", Message.STARTED, lost="unsaid")
+    ),
+    "given up when the copy failed": Tables(
+        sender=changed(table.SENDER, "asked", Message.FAILED, then="won")
+    ),
+    "started before the go-ahead": Tables(receiver=START_FIRST),
+    "reported before it is started": Tables(receiver=REPORT_FIRST),
+    "said to have failed before it is abandoned": Tables(
+        receiver=changed(table.RECEIVER, "told", Step.TAKE_OVER, lost="gave up")
+    ),
+    "said to have failed though it could not be abandoned": Tables(
+        receiver=changed(table.RECEIVER, "unable", Step.ABANDON, lost="gave up")
+    ),
+    "an abandoned copy may run": Tables(steps=allowing(Step.TAKE_OVER, S.ABANDONED)),
+    "a copy that runs may be abandoned": Tables(steps=allowing(Step.ABANDON, S.RUNNING)),
+    "kept though the copy runs": Tables(verdicts={(S.HELD, S.RUNNING): Verdict.KEEP}),
+    "handed on though the copy is abandoned": Tables(
+        verdicts={(S.HELD, S.ABANDONED): Verdict.HAND_ON}
+    ),
+    "nobody decides about an abandoned copy": Tables(
+        verdicts={(S.HELD, S.ABANDONED): Verdict.NOTHING}
+    ),
+    "a recovery that does not look twice": Tables(careful=False),
+}
+
+
+@pytest.mark.parametrize("name", MUTATIONS)
+def test_a_mistake_in_the_tables_is_found(name):
+    """The check fails, and shows how it comes to that."""
+    _, wrong, path = explore(Model(MUTATIONS[name]))
+    assert wrong
+    assert len(path) > 1

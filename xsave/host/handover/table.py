@@ -1,0 +1,158 @@
+"""The protocol of the hand-over, as data.
+
+Nothing decides about a hand-over but these tables: journal.py takes no step that STEPS does not
+have, play.py does what SENDER and RECEIVER say, recovery.py what VERDICTS says. A model checker
+(tests/host/handover_model.py) goes through every order of their steps, messages, losses and deaths.
+
+The source, by its journal                    The target, by its journal
+
+    prepared --hold--> held                       receiving --offer--> ready
+       |                |  '--give up--> given-up      |                 |'--take over--> running
+       '---take back----+--> taken-back                '---abandon-------+-> abandoned       |
+                                                                              end--> ended <-'
+
+Before `held` the guest is the source's, by a lease that ends with the sender. Once held it stays
+suspended until somebody takes it back or gives it up, and which of the two is right only the
+target's journal says.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+SOURCE, TARGET = "source", "target"
+
+
+class State(StrEnum):
+    """What a journal says of a side."""
+
+    # of the source
+    PREPARED = "prepared"  # the guest is here; it runs, or is suspended as long as the sender lives
+    HELD = "held"  # suspended, whoever dies; the go-ahead may be on its way
+    GIVEN_UP = "given-up"  # destroyed: it is at the target
+    TAKEN_BACK = "taken-back"  # it goes on here
+    # of the target
+    RECEIVING = "receiving"
+    READY = "ready"  # complete and paused; removed if the receiver dies
+    RUNNING = "running"  # the guest is here
+    ENDED = "ended"  # it was, and came to its end or went elsewhere
+    ABANDONED = "abandoned"  # it never ran here and never will
+    # of neither
+    UNKNOWN = "unknown"  # there is no journal
+
+
+class Step(StrEnum):
+    """What changes a journal."""
+
+    HOLD = "hold"
+    GIVE_UP = "give up"
+    TAKE_BACK = "take back"
+    OFFER = "offer"
+    TAKE_OVER = "take over"
+    ABANDON = "abandon"
+    END = "end"
+
+
+class Message(StrEnum):
+    """What goes over the wire, in xl's words (host/handshake.py)."""
+
+    READY = "ready"
+    GO = "go"
+    STARTED = "started"  # the report with status 0
+    FAILED = "failed"  # the report with another
+    PERMISSION = "permission"
+
+
+class Act(StrEnum):
+    """Of what kind a row is."""
+
+    SEND = "send"
+    RECEIVE = "receive"
+    DO = "do"
+
+
+class Verdict(StrEnum):
+    """What a pair of journals means."""
+
+    NOTHING = "nothing"  # it is over
+    KEEP = "keep"  # the guest is the source's: abandon the copy, take the guest back
+    HAND_ON = "hand on"  # the guest is the target's: give up the source's
+    ASK_A_PERSON = "ask a person"  # nothing that was written down decides it
+
+
+@dataclass(frozen=True)
+class Row:
+    """One thing an end does at a place, and where it stands then.
+
+    lost: where it stands if that failed, or nobody can say whether it was done.
+    """
+
+    at: str
+    act: Act
+    what: Step | Message
+    then: str
+    lost: str
+
+
+_S = State
+#: Step -> (the states in which it may be taken, the one it leads to).
+STEPS: dict[Step, tuple[frozenset[State], State]] = {
+    Step.HOLD: (frozenset({_S.PREPARED}), _S.HELD),
+    Step.GIVE_UP: (frozenset({_S.HELD}), _S.GIVEN_UP),
+    Step.TAKE_BACK: (frozenset({_S.PREPARED, _S.HELD}), _S.TAKEN_BACK),
+    Step.OFFER: (frozenset({_S.RECEIVING}), _S.READY),
+    Step.TAKE_OVER: (frozenset({_S.READY}), _S.RUNNING),
+    Step.ABANDON: (frozenset({_S.RECEIVING, _S.READY}), _S.ABANDONED),
+    Step.END: (frozenset({_S.RUNNING}), _S.ENDED),
+}
+FIRST = {SOURCE: _S.PREPARED, TARGET: _S.RECEIVING}
+#: A side in one of these has nothing left to decide by itself.
+SETTLED = frozenset({_S.GIVEN_UP, _S.TAKEN_BACK, _S.RUNNING, _S.ENDED, _S.ABANDONED})
+
+#: The sender, from the last byte of the image on.
+SENDER = (
+    Row("sent", Act.RECEIVE, Message.READY, then="offered", lost="unsaid"),
+    Row("offered", Act.DO, Step.HOLD, then="holding", lost="unsaid"),
+    Row("holding", Act.SEND, Message.GO, then="asked", lost="unknown"),
+    Row("asked", Act.RECEIVE, Message.STARTED, then="won", lost="unknown"),
+    Row("asked", Act.RECEIVE, Message.FAILED, then="refused", lost="unknown"),
+    Row("refused", Act.RECEIVE, Message.PERMISSION, then="unsaid", lost="unknown"),
+    Row("won", Act.DO, Step.GIVE_UP, then="migrated", lost="unknown"),
+    Row("unsaid", Act.DO, Step.TAKE_BACK, then="kept", lost="unknown"),
+)
+#: Where the sender ends. "unknown": it asks both journals, as `xsave migrate --recover` does.
+SENDER_ENDS = frozenset({"migrated", "kept", "unknown"})
+
+#: The receiver, once its copy is complete.
+RECEIVER = (
+    Row("complete", Act.DO, Step.OFFER, then="offering", lost="failed"),
+    Row("offering", Act.SEND, Message.READY, then="offered", lost="failed"),
+    Row("offered", Act.RECEIVE, Message.GO, then="told", lost="failed"),
+    Row("told", Act.DO, Step.TAKE_OVER, then="running", lost="unable"),
+    Row("running", Act.SEND, Message.STARTED, then="taken", lost="taken"),
+    Row("unable", Act.DO, Step.ABANDON, then="gave up", lost="failed"),
+    Row("gave up", Act.SEND, Message.FAILED, then="said", lost="failed"),
+    Row("said", Act.SEND, Message.PERMISSION, then="failed", lost="failed"),
+)
+#: Where the receiver ends. "failed": its copy is abandoned, unless it runs after all.
+RECEIVER_ENDS = frozenset({"taken", "failed"})
+
+_UNDECIDED = (_S.RECEIVING, _S.READY)
+#: (the source's state, the target's) -> what it means. Pairs that are not here: ask a person.
+VERDICTS: dict[tuple[State, State], Verdict] = {
+    **{(_S.PREPARED, t): Verdict.KEEP for t in (*_UNDECIDED, _S.ABANDONED, _S.UNKNOWN)},
+    **{(_S.HELD, t): Verdict.KEEP for t in (_S.READY, _S.ABANDONED)},
+    **{(_S.HELD, t): Verdict.HAND_ON for t in (_S.RUNNING, _S.ENDED)},
+    **{(_S.TAKEN_BACK, t): Verdict.KEEP for t in _UNDECIDED},
+    **{(_S.TAKEN_BACK, t): Verdict.NOTHING for t in (_S.ABANDONED, _S.ENDED, _S.UNKNOWN)},
+    **{(_S.GIVEN_UP, t): Verdict.NOTHING for t in (_S.RUNNING, _S.ENDED, _S.ABANDONED, _S.UNKNOWN)},
+    # The source's journal is out of reach: the target may give up what does not run there.
+    **{(_S.UNKNOWN, t): Verdict.KEEP for t in _UNDECIDED},
+    **{(_S.UNKNOWN, t): Verdict.NOTHING for t in (_S.RUNNING, _S.ENDED, _S.ABANDONED)},
+}
+
+
+def verdict(source: State, target: State) -> Verdict:
+    """Return what a pair of journals means."""
+    return VERDICTS.get((source, target), Verdict.ASK_A_PERSON)
