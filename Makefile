@@ -6,6 +6,8 @@
 # make test-boots BOOTS=50      distributions' kernels, booted so many times each, idle and busy;
 # make test-cycles CYCLES=100   at work, saved, restored, checkpointed, cancelled so many times each.
 #                               Both need XSAVE_DISTRO_KERNELS (tests/distro/fetch), and hours.
+# make test-migrations N=500    migrations in a row of a busy guest, with random faults (half an hour
+#                               for each hundred)
 # make check   lint, formatting, types
 #
 # Each does all of its own set-up: the first run makes .venv and installs xsave into it (editable).
@@ -24,8 +26,9 @@ PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 MINUTES ?= 60
 BOOTS ?= 50
 CYCLES ?= 100
+N ?= 50
 
-.PHONY: demo test test-fast test-realxen test-boots test-cycles fuzz-guest check clean
+.PHONY: demo test test-fast test-realxen test-boots test-cycles test-migrations fuzz-guest check clean
 
 demo: $(VENV)/run.stamp
 	@$(BIN)/xsave demo
@@ -48,6 +51,10 @@ test-boots: $(VENV)/test.stamp
 
 test-cycles: $(VENV)/test.stamp
 	@XSAVE_CYCLES=$(CYCLES) $(BIN)/python -m pytest -s tests/distro/test_cycles.py $(PYTEST_ARGS)
+
+test-migrations: $(VENV)/test.stamp
+	@XSAVE_MIGRATIONS=$(N) $(BIN)/python -m pytest -s tests/flows/test_handover.py \
+		-k migrations_in_a_row $(PYTEST_ARGS)
 
 check: $(VENV)/dev.stamp
 	@$(BIN)/ruff check xsave tests

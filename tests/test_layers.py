@@ -31,6 +31,7 @@ LAYERS = {
         "xsave.save",
         "xsave.restore",
         "xsave.migrate",
+        "xsave.receive",
         "xsave.precopy",
         "xsave.compare",
         "xsave.image",
@@ -48,9 +49,9 @@ LAYERS = {
         "xsave.guest.xen",
     },
     "xsave.console": set(),
+    "xsave.receive": {"xsave.restore", "xsave.host", "xsave.guest.xen.domctl"},
     "xsave.migrate": {
         "xsave.save",
-        "xsave.restore",
         "xsave.live",
         "xsave.precopy",
         "xsave.rounds",

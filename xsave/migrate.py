@@ -4,14 +4,15 @@
              -> hand-over
     no live  suspend -> all of it -> hand-over
 
-The conversation is xl's (host/handshake.py). What xl leaves open is closed by the order of
-steps: before GO is sent the source's process is told to hold, so that from then on nothing but
-an explicit word resumes it, whatever becomes of this process:
+The conversation is xl's (host/handshake.py). What xl leaves open is closed by a journal at either
+end (host/handover): before GO is sent the source's process is told to hold, so that from then on
+nothing but an explicit word resumes it, whatever becomes of this process:
 
     before GO   any failure: the log is off, the source goes on, the receiver removes its copy
     after GO    report 0: the source is destroyed
                 report not 0 and permission: the source resumes
-                no report: HandoverUndecided; the source stays suspended, held
+                no report, or a Ctrl-C: the target's journal is asked which of the two it is
+                it cannot be asked: HandoverUndecided; the source stays suspended, held
 """
 
 from __future__ import annotations
@@ -21,30 +22,28 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 
 from xsave.errors import (
-    ConnectionLost,
+    GuestStateError,
     HandoverUndecided,
     MigrationCancelled,
     StorageError,
     UsageError,
     XsaveError,
 )
-from xsave.guest.xen.domctl import DomainInfo, Domctl
+from xsave.guest.xen.domctl import Domctl
 from xsave.host import handshake
-from xsave.host.channel import open_source
+from xsave.host.handover.journal import Journal, Journals, new_transaction
+from xsave.host.handover.recovery import LOST, MIGRATED, recover, undecided
+from xsave.host.handover.sender import HandingOver
+from xsave.host.handover.table import SOURCE, Step
 from xsave.host.host import Host
 from xsave.host.transport import Channel, Receiver, measured_bandwidth
 from xsave.live import LiveWriter
 from xsave.precopy import CANCEL, Limits
 from xsave.progress import Event, Finished, Report, Stage, ignore
-from xsave.restore import MakeDomain, Source, restore
 from xsave.rounds import DryRun, Precopy, dry_run
 from xsave.save import Writer
 
 BANNER_TIMEOUT_S = 30.0
-#: From the last byte of the image to the receiver's READY: page tables, vCPUs.
-READY_TIMEOUT_S = 120.0
-REPORT_TIMEOUT_S = 60.0
-INCOMING_SUFFIX = "--incoming"
 
 
 @dataclass(frozen=True)
@@ -99,8 +98,12 @@ def migrate(
         raise UsageError(f"the domain is on host {target.name} already")
     started = time.monotonic_ns()
     options = options or Options()
-    with Receiver(target, options.cpu_mismatch) as receiver:
-        result = Sender(domctl, receiver, options, report).run()
+    journals, transaction = Journals(domctl.machine.directory), new_transaction()
+    with journals.begin(SOURCE, transaction, domctl.name, target.name) as journal:
+        journal.note(domid=domctl.domid)
+        domctl.journal = str(journal.path)
+        with Receiver(target, options.cpu_mismatch, transaction) as receiver:
+            result = Sender(domctl, journal, receiver, options, report).run()
     result = replace(result, total_ns=time.monotonic_ns() - started)
     seconds = result.total_ns / 1e9
     downtime = f"downtime {result.downtime_ns / 1e6:.0f} ms"
@@ -124,9 +127,16 @@ class Sender:
     """One migration, seen from the source."""
 
     def __init__(
-        self, domctl: Domctl, receiver: Receiver, options: Options, report: Report
+        self,
+        domctl: Domctl,
+        journal: Journal,
+        receiver: Receiver,
+        options: Options,
+        report: Report,
     ) -> None:
         self._domctl = domctl
+        self._journal = journal
+        self._host = Host(domctl.machine.directory)
         self._receiver = receiver
         self._options = options
         self._report = report
@@ -150,18 +160,15 @@ class Sender:
             writer = self._send_live(channel) if live else self._send_image(channel)
             channel.flush()
             self._stage("hand over")
-            handshake.expect(self._receiver.output, handshake.READY, "ready", READY_TIMEOUT_S)
-            self._domctl.hold()
         except BaseException as e:  # noqa: BLE001 - _explain raises it again
             if self._suspended_ns:  # else the guest is not ours to resume
                 with suppress(XsaveError):
                     self._domctl.resume()
+            with suppress(XsaveError):
+                self._journal.take(Step.TAKE_BACK)
             self._explain(e)
-        status = self._go(channel)
-        downtime_ns = time.monotonic_ns() - self._suspended_ns
-        if status != handshake.STATUS_OK:
-            self._take_back(status)
-        self._domctl.destroy()
+        handing = self._hand_over(channel)
+        downtime_ns = (handing.reported_ns or time.monotonic_ns()) - self._suspended_ns
         return MigrateResult(
             outcome="migrated",
             dirty_log=self._dirty_log,
@@ -229,102 +236,37 @@ class Sender:
             ) from error
         raise error
 
-    def _go(self, channel: Channel) -> bytes:
-        """Send GO; return the status byte. From here on only the receiver knows."""
-        output = self._receiver.output
+    def _hand_over(self, channel: Channel) -> HandingOver:
+        """Hand over; return when the guest is the target's. Raises what went wrong when it goes on
+        here, HandoverUndecided if neither is known."""
+        handing = HandingOver(self._domctl, self._journal, channel, self._receiver.output)
+        end, wrong = handing.run()
+        if end == "unknown":
+            self._ask(wrong)
+        elif end == "kept":
+            self._explain(wrong or _could_not_start(handing.status))
+        return handing
+
+    def _ask(self, wrong: BaseException | None) -> None:
+        """Nobody has said how it ended: ask both journals. Return if the guest is the target's."""
+        wrong = wrong or StorageError("the hand-over was interrupted")
+        entry = self._journal.read()
         try:
-            channel.send(handshake.GO, "the go-ahead")
-            handshake.expect(output, handshake.REPORT, "its report", REPORT_TIMEOUT_S)
-            return handshake.receive(output, 1, "its status", REPORT_TIMEOUT_S)
+            self._stage("recover", str(wrong) or "interrupted")
+            self._domctl.close()
+            self._receiver.close()
+            outcome = recover(self._host, self._journal, working=True)
+        except HandoverUndecided:
+            raise
         except BaseException as e:
-            raise self._undecided(e) from e
-
-    def _undecided(self, error: BaseException) -> HandoverUndecided:
-        name = self._domctl.name
-        return HandoverUndecided(
-            f"the go-ahead was sent and no report came back ({error}): {name} stays suspended "
-            f"here. If it runs at the target, `xsave destroy {name}` here; if it does not, "
-            f"`xsave unpause {name}` here",
-            name=name,
-        )
-
-    def _take_back(self, status: bytes) -> None:
-        """The receiver could not start its copy and gave it up: the guest goes on here."""
-        try:
-            handshake.expect(
-                self._receiver.output, handshake.PERMISSION, "its permission", REPORT_TIMEOUT_S
-            )
-        except BaseException as e:
-            raise self._undecided(e) from e
-        self._domctl.resume()
-        self._explain(
-            StorageError(
-                f"the receiving end could not start its copy (status {status[0]}); the guest "
-                "goes on here"
-            )
-        )
+            raise undecided(self._host, entry, str(e) or "interrupted") from e
+        if outcome.what == LOST:
+            raise GuestStateError(outcome.said) from wrong
+        if outcome.what != MIGRATED:
+            self._explain(wrong)
 
 
-def receive(
-    make_domain: MakeDomain,
-    channel: str,
-    output: int,
-    *,
-    nr_frames: int,
-    cpu_mismatch: str = "refuse",
-    paused: bool = False,
-    report: Report = ignore,
-) -> tuple[DomainInfo, int]:
-    """The far end: take an image from `channel` ("-": stdin), start its guest at the sender's GO.
-
-    Return what runs now, and the guest's wall clock when it began to. Messages go to the
-    descriptor `output`. Raises what restore raises, and ConnectionLost
-    without a go-ahead; nothing is left here then.
-    """
-    handshake.send(output, handshake.BANNER, "the banner")  # the sender waits for it
-    with open_source(channel) as source:
-        return _take(make_domain, source, output, nr_frames, cpu_mismatch, paused, report)
-
-
-def _take(
-    make_domain: MakeDomain,
-    source: Source,
-    output: int,
-    nr_frames: int,
-    cpu_mismatch: str,
-    paused: bool,
-    report: Report,
-) -> tuple[DomainInfo, int]:
-    went = False
-    taken: Domctl | None = None
-
-    def hand_over(domctl: Domctl) -> None:
-        nonlocal went, taken
-        taken = domctl
-        handshake.send(output, handshake.READY, "ready")
-        go = bytes(source.read(len(handshake.GO)))
-        if go != handshake.GO:
-            raise ConnectionLost(f"expected the go-ahead, found {go!r}")
-        went = True
-        domctl.attach_disks()  # the sender has given them up
-        domctl.rename(domctl.name.removesuffix(INCOMING_SUFFIX))
-
-    try:
-        info = restore(
-            source,
-            make_domain,
-            suffix=INCOMING_SUFFIX,
-            paused=paused,
-            cpu_mismatch=cpu_mismatch,
-            nr_frames=nr_frames,
-            until_end=False,
-            before_unpause=hand_over,
-            report=report,
-        )
-    except XsaveError:
-        if went:  # the copy is gone, so the sender may have its guest back
-            status = handshake.REPORT + handshake.STATUS_FAIL + handshake.PERMISSION
-            handshake.send(output, status, "the report")
-        raise
-    handshake.send(output, handshake.REPORT + handshake.STATUS_OK, "the report")
-    return info, taken.resumed_ns if taken else 0
+def _could_not_start(status: bytes) -> StorageError:
+    return StorageError(
+        f"the receiving end could not start its copy (status {status[0]}); the guest goes on here"
+    )

@@ -57,7 +57,7 @@ def restore(
     nr_frames: int,
     suffix: str = "",
     until_end: bool = True,
-    before_unpause: Callable[[Domctl], None] = lambda domctl: None,
+    start: Callable[[Domctl], DomainInfo] | None = None,
     report: Report = ignore,
 ) -> DomainInfo:
     """Make a domain from the image and start it (unless paused).
@@ -65,7 +65,7 @@ def restore(
     make_domain(name, nr_pages) starts an empty domain; nr_frames bounds what the image may ask
     for. disk_files are absolute paths, by vdev, in the place of those the image names.
     A migration takes the domain under its name with a suffix, does not look for the end of
-    the input behind the image, and hands over in before_unpause, with the domain complete.
+    the input behind the image, and hands over in start, which lets the complete domain run.
     Raises ImageError, HostCannotTake, OutOfFrames, NameTaken, StorageError, UsageError.
     """
     started = time.monotonic()
@@ -75,12 +75,10 @@ def restore(
     )
     try:
         domctl = reader.run(until_end)
-        before_unpause(domctl)
-        if paused:
-            info = domctl.info()
-        else:
+        if not paused:
             report(Stage("restore", "unpause"))
-            info = domctl.unpause()
+        start = start or (Domctl.info if paused else Domctl.unpause)
+        info = start(domctl)
         domctl.close()
     except BaseException:
         reader.abandon()

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from xsave.compare import compare
 from xsave.guest.xen.domctl import Domctl
-from xsave.migrate import INCOMING_SUFFIX, Options, migrate
+from xsave.migrate import Options, migrate
 from xsave.precopy import Limits
+from xsave.receive import INCOMING_SUFFIX
 
 #: Many rounds: no estimate is ever within this.
 ROUNDS = Limits(downtime_s=1e-6, max_rounds=5)

@@ -40,7 +40,7 @@ ENDINGS = ("stop-and-copy", "cancel")
 
 @click.command()
 @click.argument("name", type=DOMAIN, required=False)
-@click.option("--to", "target", type=HOST, required=True, help="The host to move to.")
+@click.option("--to", "target", type=HOST, help="The host to move to.")
 @click.option("--no-live", is_flag=True, help="Suspend first, then copy.")
 @click.option(
     "--downtime",
@@ -75,15 +75,28 @@ ENDINGS = ("stop-and-copy", "cancel")
     help=f"zstd's level (1 to 19, {DEFAULT_COMPRESS_LEVEL}); implies --compress.",
 )
 @click.option("--dry-run", is_flag=True, help="Only say how it would go.")
+@click.option("--status", is_flag=True, help="Show what became of migrations, by name or id.")
+@click.option("--recover", is_flag=True, help="Bring an undecided one to one running copy.")
 @cpu_mismatch_option
 @json_option
 @pass_settings
-def migrate(settings: Settings, /, name: str | None, target: str, **options: Any) -> None:
+def migrate(settings: Settings, /, name: str | None, target: str | None, **options: Any) -> None:
     """Move a domain to another host while it runs on.
 
     Its memory is copied in rounds, each time what it wrote meanwhile; then it is suspended for the
-    rest and the hand-over. NAME may be left out where the host runs just one domain.
+    rest and the hand-over. NAME may be left out where the host runs just one domain. With --status
+    and --recover it may be the id of a migration too, or be left out for all of them.
     """
+    if options["status"] or options["recover"]:
+        from xsave.commands import recovering
+
+        if target or (options["status"] and options["recover"]):
+            raise UsageError("--to, --status and --recover exclude each other")
+        ask = recovering.show if options["status"] else recovering.recover
+        ask(settings, name, options["as_json"])
+        return
+    if target is None:
+        raise click.UsageError("Missing option '--to'.")
     from xsave import migrate as verb
     from xsave.host.host import open_host
 
@@ -208,25 +221,35 @@ def only_domain(settings: Settings) -> str:
 
 
 @click.command("migrate-receive")
+@click.option("--transaction", metavar="ID", help="The migration's id (default: a new one).")
 @cpu_mismatch_option
 @json_option
 @pass_settings
-def migrate_receive(settings: Settings, cpu_mismatch: str, as_json: bool) -> None:
+def migrate_receive(
+    settings: Settings, transaction: str | None, cpu_mismatch: str, as_json: bool
+) -> None:
     """The far end of a migration: a stream on stdin, answers on stdout."""
     settings.stdout_is_data = True
     with settings.prestart() as process:
-        from xsave import migrate as verb
+        from xsave import receive as verb
+        from xsave.host.handover.journal import Journals
 
         host = settings.open_host()
         make_domain = domain_maker(host, process)
         with settings.progress() as report:
-            info, resumed_ns = verb.receive(
+            received = verb.receive(
                 make_domain,
                 STDIO,
                 sys.stdout.fileno(),
+                Journals(host.directory),
+                transaction=transaction,
                 cpu_mismatch=cpu_mismatch,
                 nr_frames=host.nr_frames,
                 report=report,
             )
-    answer = asdict(info) | {"resumed_ns": resumed_ns}
+    info = received.info
+    answer = asdict(info) | {
+        "resumed_ns": received.resumed_ns,
+        "transaction": received.transaction,
+    }
     settings.answer(as_json, answer, f"{info.name}: received as domain {info.domid}")

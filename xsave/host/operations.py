@@ -1,7 +1,8 @@
 """What the control socket asks of a domain, done by its vCPU thread between two runs.
 
-Requests that build a domain or read its state are in building.py, the lease on a suspended
-guest in suspension.py, the log of dirty frames in dirtying.py; here are the dispatch and a domain's
+Requests that build a domain or read its state are in building.py, those that suspend, resume and
+end it in handover/requests.py (the lease on a suspended guest is in suspension.py), the log of
+dirty frames in dirtying.py; here are the dispatch and a domain's
 life. A connection that builds the domain holds a lease too: closed before `commit`, the half-built
 domain is removed.
 """
@@ -21,6 +22,7 @@ from xsave.host.bootconfig import DESTROY, RESTART
 from xsave.host.building import Building, availability
 from xsave.host.control import Client, Request
 from xsave.host.dirtying import Dirtying
+from xsave.host.handover.requests import HandoverRequests
 from xsave.host.registry import write_record
 from xsave.host.running import RunningDomain
 from xsave.host.suspension import Suspension
@@ -43,6 +45,7 @@ class Operations:
         self._building = Building(running)
         self._suspension = Suspension(running, self.after_run)
         self._dirtying = Dirtying(running)
+        self._handover = HandoverRequests(running, self._building, self._suspension)
         self._give_up = time.monotonic() + _BUILDER_TIMEOUT_S
 
     @property
@@ -105,7 +108,7 @@ class Operations:
             self._reply(request.client, *answer)
 
     def _handler(self, name: str) -> Callable[[Request], Answer | None] | None:
-        places = (self, self._building, self._dirtying)
+        places = (self, self._handover, self._building, self._dirtying)
         return next((getattr(place, name) for place in places if hasattr(place, name)), None)
 
     def _reply(self, client: Client, message: dict[str, Any], blob: bytes = b"") -> None:
@@ -114,8 +117,8 @@ class Operations:
 
     def _closed(self, client: Client) -> None:
         self._dirtying.closed(client)
-        if not self._building.committed and self._building.builder in (None, client):
-            self._running.finished = True
+        if not self._handover.whole and self._building.builder in (None, client):
+            self._handover.lost_builder()
         elif self._running.built:
             self._suspension.closed(client)
 
@@ -150,27 +153,9 @@ class Operations:
         with contextlib.suppress(OSError):
             self._domain.console.put(f"(xsave) {self._running.name}: {message}\n".encode())
 
-    # -- suspend ---
-
-    def op_suspend(self, request: Request) -> Answer | None:
-        self._running.throttle.percent = 0  # a guest that freezes itself is to be done soon
-        at_once = self._suspension.request(
-            request.client, paused=self._running.paused, restored=self._building.restored
-        )
-        return ({}, b"") if at_once else None
-
-    def op_hold(self, _request: Request) -> Answer:
-        """The other end may have the disks from here on."""
-        self._suspension.hold()
-        self._running.disks.close()
-        return {}, b""
-
-    def op_resume(self, request: Request) -> Answer:
-        self._suspension.check_holder(request.client)
-        self._running.disks.open()
-        self._running.paused = self._running.paused or bool(request.arguments.get("paused"))
-        self._suspension.resume()
-        return {}, b""
+    def ended(self) -> None:
+        """The loop is over."""
+        self._handover.ended()
 
     # -- life ---
 
@@ -202,8 +187,7 @@ class Operations:
             raise GuestStateError(f"the domain is {self._state(domain)}")
         if not self._building.committed:
             raise GuestStateError("the domain is not complete")
-        self._running.disks.open()
-        self._suspension.resume()
+        self._handover.start(request.client)
         self._running.paused = False
         domain.clock.extend()
         if domain.never_run:
@@ -251,13 +235,6 @@ class Operations:
             node = f"{domain.home}/cpu/{vcpu.id}/availability"
             domain.store.write(node, availability(vcpu.id < number))
         domain.serve_store()
-        return {}, b""
-
-    def op_destroy(self, _request: Request) -> Answer:
-        self._running.finished = True
-        self._running.disks.close_quietly()  # who asks may want them at once
-        with contextlib.suppress(OSError):
-            (self._running.directory / "dying").touch()
         return {}, b""
 
     def op_console(self, request: Request) -> None:

@@ -107,6 +107,7 @@ class DomainProcess:
                 self._wait(rest_s)
             else:
                 self._run_guest()
+        self._operations.ended()
         self._control.drain(_LAST_WORDS_S)
 
     def _runnable(self) -> bool:

@@ -174,10 +174,13 @@ class Suspension:
         elif not self._domain.never_run:
             self._withdraw()
 
-    def hold(self) -> None:
-        """From here on the guest stays as it is when the holder dies. Raises GuestStateError."""
+    def check_suspended(self) -> None:
+        """Raise GuestStateError if nobody holds the lease on a suspended guest."""
         if self._holder is None or self._stage != "done":
             raise GuestStateError("the guest is not suspended")
+
+    def hold(self) -> None:
+        """From here on the guest stays as it is when the holder dies."""
         self.held = True
 
     def check_holder(self, client: Client) -> None:

@@ -103,14 +103,17 @@ class Receiver:
 
     zeroes = True
 
-    def __init__(self, target: Host, cpu_mismatch: str) -> None:
+    def __init__(self, target: Host, cpu_mismatch: str, transaction: str) -> None:
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as this
         root = str(Path(__file__).resolve().parents[2])
         path = os.environ.get("PYTHONPATH", "")
         command = [sys.executable, "-m", "xsave", "--host", target.name, "-q", "--progress", "none"]
         try:
             self._process = subprocess.Popen(
-                [*command, "migrate-receive", "--cpu-mismatch", cpu_mismatch, "--json"],
+                [
+                    *[*command, "migrate-receive", "--transaction", transaction],
+                    *["--cpu-mismatch", cpu_mismatch, "--json"],
+                ],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=self._errors,

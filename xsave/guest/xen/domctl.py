@@ -92,10 +92,14 @@ class Domctl:
         self.domid = domid
         self.name = name
         self._sock = sock
+        self._owed = 0  # answers that are to come
         self._beginning = False  # begin() was sent, its answer not yet read
         self._shared_info_mfn = 0
         self._frame_order: int | None = None
         self.suspended_ns = self.resumed_ns = 0
+        #: The file where the domain's process writes down what it does to the copy of a
+        #: migration, before it does it (host/handover/journal.py).
+        self.journal: str | None = None
 
     def __enter__(self) -> Domctl:
         return self
@@ -116,6 +120,10 @@ class Domctl:
         **arguments: Any,
     ) -> tuple[dict[str, Any], bytes]:
         self._begun()
+        while self._owed:  # a Ctrl-C did not wait for them
+            with contextlib.suppress(XsaveError):
+                self._answer()
+        self._owed += 1
         send_message(self._sock, {"op": op, **arguments}, blob)
         return self._answer(on_event)
 
@@ -123,8 +131,13 @@ class Domctl:
         self, on_event: Callable[[str], None] | None = None
     ) -> tuple[dict[str, Any], bytes]:
         while True:
-            message, answer = receive_message(self._sock)
+            try:
+                message, answer = receive_message(self._sock)
+            except ConnectionLost:
+                self._owed = 0
+                raise
             if "event" not in message:
+                self._owed -= 1
                 raise_error(message)
                 return message, answer
             if on_event:
@@ -161,7 +174,7 @@ class Domctl:
 
     def destroy(self) -> None:
         """End the domain; its frames are free and its process gone when this returns or soon."""
-        self._call("destroy")
+        self._call("destroy", journal=self.journal)
 
     def shutdown(self, reason: str) -> None:
         """Ask the guest (control/shutdown) to power off or reboot."""
@@ -190,12 +203,12 @@ class Domctl:
 
     def resume(self, *, paused: bool = False) -> None:
         """Let a suspended guest go on in place; its hypercall returns 1 (cancelled)."""
-        self._call("resume", paused=paused)
+        self._call("resume", paused=paused, journal=self.journal)
 
     def hold(self) -> None:
         """Keep a suspended guest suspended even if this connection dies: another copy of it may
         be running. From here on only resume(), unpause() or destroy() decide."""
-        self._call("hold")
+        self._call("hold", journal=self.journal)
 
     def rename(self, name: str) -> None:
         """Change the domain's name. Raises NameTaken."""
@@ -324,7 +337,9 @@ class Domctl:
             "warm": warm,
             "frame_order": self._frame_order,
             "xen_frames": self.populate(XEN_FRAMES).tolist(),
+            "journal": self.journal,
         }
+        self._owed += 1
         send_message(self._sock, {"op": "begin", **arguments})
         self._beginning = True
 
@@ -344,15 +359,23 @@ class Domctl:
         return self._shared_info_mfn
 
     def abandon(self) -> None:
-        """Give up a domain that was being built; waits until nothing of it is left."""
+        """Give up a domain that was being built; waits until nothing of it is left.
+
+        The copy of a migration that has begun to run goes on."""
         with contextlib.suppress(XsaveError):
             self._begun()
         with contextlib.suppress(XsaveError):
-            self.destroy()
+            self.give_up_copy()
+        self.close()
+
+    def give_up_copy(self) -> None:
+        """End the domain unless it is a migration's copy that runs; waits until it has ended.
+
+        Raises GuestStateError if it runs, StorageError if the journal cannot be written."""
+        self._call("abandon", journal=self.journal)
         with contextlib.suppress(OSError, ConnectionLost):
             self._sock.settimeout(_ABANDON_TIMEOUT_S)
             receive_exact(self._sock, 1)  # its end closes the connection
-        self.close()
 
     def populate(self, nr: int) -> np.ndarray:
         """Take fresh frames for the domain, all zero, shuffled: (nr,) u64. Raises OutOfFrames."""

@@ -1,0 +1,79 @@
+"""How the source of a migration asks the target's end: on this machine, or by a command there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from typing import Any
+
+from xsave.errors import ConnectionLost, GuestStateError, NotFound
+from xsave.host.handover.journal import Entry, Journals
+from xsave.host.handover.status import FarEnd, Side, copy_of, look
+from xsave.host.handover.table import TARGET, State, Step
+from xsave.host.host import Host, open_host
+
+#: Run this xsave command at the other end; return what it answers in JSON (of an error: the object
+#: with `error` and `exit_code`). Raises ConnectionLost if that end cannot be reached.
+Run = Callable[[Sequence[str]], Any]
+
+
+def far_end(entry: Entry) -> FarEnd:
+    """Return how the target of a migration that began here is asked. Raises ConnectionLost."""
+    try:
+        return LocalEnd(open_host(entry.peer))
+    except NotFound as e:
+        raise ConnectionLost(str(e)) from e
+
+
+def abandon(host: Host, transaction: str) -> Side:
+    """At the target: give the copy up, unless it runs; return how this side stands then.
+
+    Raises StorageError if that cannot be written down."""
+    journal = Journals(host.directory).get(TARGET, transaction)
+    if journal is None:
+        return Side(host.name, State.UNKNOWN)
+    entry = journal.read()
+    if entry.state in (State.RECEIVING, State.READY, State.ABANDONED):
+        copy = copy_of(host, entry, journal)
+        if copy is not None:
+            with copy, suppress(ConnectionLost, GuestStateError):  # it has just died; it runs
+                copy.give_up_copy()
+        with suppress(GuestStateError):  # it runs
+            journal.take(Step.ABANDON)
+    return look(host, TARGET, transaction)
+
+
+class LocalEnd:
+    """A target on this machine."""
+
+    def __init__(self, host: Host) -> None:
+        self._host = host
+
+    def look(self, transaction: str) -> Side:
+        return look(self._host, TARGET, transaction)
+
+    def abandon(self, transaction: str) -> Side:
+        return abandon(self._host, transaction)
+
+
+class CommandEnd:
+    """A target that is asked by running xsave there."""
+
+    def __init__(self, run: Run) -> None:
+        self._run = run
+
+    def look(self, transaction: str) -> Side:
+        return self._ask("--status", transaction)
+
+    def abandon(self, transaction: str) -> Side:
+        return self._ask("--recover", transaction)
+
+    def _ask(self, what: str, transaction: str) -> Side:
+        answer = self._run(["migrate", what, transaction, "--json"])
+        if isinstance(answer, dict) and answer.get("exit_code") == NotFound.exit_code:
+            return Side("", State.UNKNOWN)
+        try:
+            (side,) = [one["target"] for one in answer if one["role"] == TARGET]
+            return Side(side["host"], State(side["state"]), side["domain"], bool(side["at_work"]))
+        except (TypeError, KeyError, ValueError) as e:
+            raise ConnectionLost(f"the other end's answer makes no sense: {answer!r}"[:500]) from e
