@@ -14,6 +14,7 @@ import subprocess
 import sys
 
 import pytest
+import zstandard
 
 from tests.conftest import ROOT
 from tests.flows import faulty
@@ -27,7 +28,8 @@ from tests.flows.flow import (
     state,
     wait_for,
 )
-from xsave.host import prestart
+from xsave.errors import NotFound
+from xsave.host import handshake, prestart
 from xsave.host.handover import table
 from xsave.host.handover.ends import CommandEnd, far_end
 from xsave.host.handover.journal import Journals
@@ -210,7 +212,10 @@ def test_by_a_command_at_the_other_end(xsave, hosts, place):
 
     def run(arguments):
         asked.append(list(arguments))
-        return xsave("--host", target.name, *arguments).json()
+        answer = xsave("--host", target.name, *arguments, "--json")
+        if answer.code == NotFound.exit_code:
+            raise NotFound(answer.err)
+        return answer.json()
 
     (journal,) = Journals(source.directory).all()
     end = CommandEnd(run)
@@ -218,7 +223,7 @@ def test_by_a_command_at_the_other_end(xsave, hosts, place):
     outcome = recover(source, journal, lambda entry: end)
     assert (outcome.what == "migrated") == (one_runs(*hosts) is target)
     assert end.look("nothing-of-that-name").state == table.State.UNKNOWN
-    assert ["migrate", "--recover", journal.read().transaction, "--json"] in asked
+    assert ["migrate", "--recover", journal.read().transaction] in asked
     assert far_end(journal.read()).look(journal.read().transaction) == end.look(
         journal.read().transaction
     )
@@ -268,6 +273,53 @@ def test_a_copy_on_its_way_is_nobody_elses(xsave, hosts):
         process.communicate(timeout=60)
         assert process.returncode == 7
     assert one_runs(*hosts) is source
+
+
+IMPATIENT = """
+import sys
+from xsave import cli, receive
+receive.GO_TIMEOUT_S = 1.0
+sys.argv[1:] = ["migrate-receive", "--json"]
+cli.main()
+"""
+
+
+@pytest.mark.parametrize("compressed", [False, True])
+def test_a_sender_that_falls_silent(localhost, builtin_image, compressed):
+    """It has sent all and is never heard of again, though the link stands: the copy does not wait
+    for ever."""
+    image = builtin_image.read_bytes()
+    if compressed:
+        image = zstandard.ZstdCompressor().compress(image)
+    with subprocess.Popen(
+        [sys.executable, "-c", IMPATIENT],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    ) as process:
+        process.stdin.write(image)
+        process.stdin.flush()
+        said = process.stdout.read()
+        assert process.wait(60) == 7
+        assert b"no go-ahead" in process.stderr.read()
+    assert said == handshake.BANNER + handshake.READY
+    (journal,) = Journals(localhost.directory).all()
+    assert journal.read().state == table.State.ABANDONED
+    nothing_is_left(localhost)
+
+
+def test_a_sender_without_an_id(xsave, localhost, builtin_image):
+    """As `xl migrate` is one: the words are the same, and the receiver's journal has an id of its
+    own."""
+    image = builtin_image.read_bytes()
+    received = xsave("migrate-receive", "--json", stdin=image + handshake.GO)
+    assert received.code == 0
+    report = handshake.REPORT + handshake.STATUS_OK
+    assert received.out == handshake.BANNER + handshake.READY + report
+    (said,) = xsave.json("migrate", "--status", "g")
+    assert said["id"] in received.err
+    assert (said["source"], said["target"]["state"]) == (None, "running")
+    assert (said["target"]["domain"], said["finished"]) == ("running", True)
 
 
 def faults(rng):

@@ -48,6 +48,7 @@ class ZstdSource(Source):
         self._raw = raw
         self._pool = ThreadPoolExecutor(nr_workers(), "decompress")
         self._local = threading.local()
+        self._pending: deque[Future[bytes]] = deque()
         self._chunks = self._decompressed()
         self._rest, self._rest_is_zero = memoryview(b""), False
         self._zero_frame = b""
@@ -72,6 +73,10 @@ class ZstdSource(Source):
         part, self._rest = self._rest[:n], self._rest[n:]
         return part
 
+    def ready(self) -> bool:
+        """Return whether something has come; of a frame, perhaps not all."""
+        return bool(self._rest) or bool(self._pending) or self._raw.ready()
+
     def zero_pages(self, offset: int, nr_pages: int) -> np.ndarray | None:
         """Return which pages lie wholly in frames of zeros; only of what was read last."""
         zero = np.zeros(nr_pages, bool)
@@ -81,7 +86,7 @@ class ZstdSource(Source):
         return zero
 
     def _decompressed(self) -> Iterator[bytes]:
-        pending: deque[Future[bytes]] = deque()
+        pending = self._pending
         frames = _frames(walk(self._raw.read))
         while True:
             # Who waits for what we decompress may have to speak before more of it comes.

@@ -12,8 +12,8 @@ from xsave.host.handover.status import FarEnd, Side, copy_of, look
 from xsave.host.handover.table import TARGET, State, Step
 from xsave.host.host import Host, open_host
 
-#: Run this xsave command at the other end; return what it answers in JSON (of an error: the object
-#: with `error` and `exit_code`). Raises ConnectionLost if that end cannot be reached.
+#: Run this xsave command for the other end, asked for JSON; return its answer. Raises what it
+#: failed with, NotFound if it knows no such migration, ConnectionLost if there is no answer.
 Run = Callable[[Sequence[str]], Any]
 
 
@@ -69,8 +69,9 @@ class CommandEnd:
         return self._ask("--recover", transaction)
 
     def _ask(self, what: str, transaction: str) -> Side:
-        answer = self._run(["migrate", what, transaction, "--json"])
-        if isinstance(answer, dict) and answer.get("exit_code") == NotFound.exit_code:
+        try:
+            answer = self._run(["migrate", what, transaction])
+        except NotFound:
             return Side("", State.UNKNOWN)
         try:
             (side,) = [one["target"] for one in answer if one["role"] == TARGET]
