@@ -17,6 +17,7 @@ Errors are Xen's negative errno values, returned, as the guest gets them.
 
 from __future__ import annotations
 
+import ctypes
 import errno
 from collections.abc import Callable
 
@@ -93,10 +94,25 @@ class PageTables:
         self.refs = memoryview(machine.refs.data)
         self.pinned = memoryview(machine.pinned.data)
         self.nr_frames = machine.nr_frames
-        self.unflushed = False
+        self.unflushed_flag = (ctypes.c_uint8 * 1)()  # fastpath.py shares it
         self.stale_tlb = False
         self.stale_pages: list[int] = []
         self.progress = Progress()
+
+    @property
+    def unflushed(self) -> bool:
+        """True if an entry that was present has changed since the TLB was flushed."""
+        return bool(self.unflushed_flag[0])
+
+    @unflushed.setter
+    def unflushed(self, changed: bool) -> None:
+        self.unflushed_flag[0] = changed
+
+    @property
+    def idle(self) -> bool:
+        """True if nothing of an earlier request is left to be done or to be flushed."""
+        progress = self.progress
+        return not (self.stale_tlb or self.stale_pages or progress.dying or progress.kept)
 
     def flush_page(self, address: int) -> None:
         """Ask for the translation of one page to be forgotten before the guest runs again."""
