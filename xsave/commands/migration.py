@@ -85,12 +85,12 @@ def migrate(settings: Settings, /, name: str | None, target: str, **options: Any
     rest and the hand-over. NAME may be left out where the host runs just one domain.
     """
     from xsave import migrate as verb
-    from xsave.host.host import open_host
+    from xsave.host.receivers import open_target
 
     as_json, chosen = options["as_json"], read_options(options)
     if options["no_live"] and options["dry_run"]:
         raise UsageError("--no-live and --dry-run exclude each other")
-    destination = open_host(target)
+    destination = open_target(target)
     with settings.find(name or only_domain(settings)) as domctl:
         if options["dry_run"]:
             planned = verb.estimate(domctl, chosen)

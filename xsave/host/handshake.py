@@ -27,6 +27,8 @@ STATUS_OK = b"\0"
 #: (char)(-ERROR_FAIL), what xl sends when rename or unpause failed.
 STATUS_FAIL = b"\x03"
 
+MAX_LINE = 4096
+
 
 def send(fd: int, message: bytes, what: str) -> None:
     """Write a whole message. Raises ConnectionLost."""
@@ -43,6 +45,15 @@ def expect(fd: int, message: bytes, what: str, timeout_s: float) -> None:
     found = receive(fd, len(message), what, timeout_s)
     if found != message:
         raise StorageError(f"the other end: expected {what} ({message!r}), found {found!r}")
+
+
+def receive_line(fd: int, what: str, timeout_s: float) -> bytes:
+    """Read up to a newline, which is part of it, at most MAX_LINE bytes. Raises ConnectionLost."""
+    deadline = time.monotonic() + timeout_s
+    line = b""
+    while not line.endswith(b"\n") and len(line) < MAX_LINE:
+        line += receive(fd, 1, what, max(deadline - time.monotonic(), 0.001))
+    return line
 
 
 def receive(fd: int, nr: int, what: str, timeout_s: float) -> bytes:
