@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -18,11 +20,14 @@ from xsave.commands.flows import (
     cpu_mismatch_option,
     domain_maker,
 )
-from xsave.errors import HandoverUndecided, MigrationCancelled, NotFound, UsageError
+from xsave.errors import HandoverUndecided, MigrationCancelled, NotFound, UsageError, XsaveError
 from xsave.progress import Event, Pages, Report
 from xsave.progress import Round as RoundEvent
 
 if TYPE_CHECKING:
+    from socket import socket
+
+    from xsave.host.prestart import WaitingProcess
     from xsave.migrate import MigrateResult, Options
     from xsave.rounds import DryRun
 
@@ -40,7 +45,14 @@ ENDINGS = ("stop-and-copy", "cancel")
 
 @click.command()
 @click.argument("name", type=DOMAIN, required=False)
-@click.option("--to", "target", type=HOST, required=True, help="The host to move to.")
+@click.option(
+    "--to",
+    "target",
+    type=HOST,
+    metavar="HOST",
+    required=True,
+    help="The host to move to, or tcp:HOST:PORT, unix:PATH, xl:COMMAND.",
+)
 @click.option("--no-live", is_flag=True, help="Suspend first, then copy.")
 @click.option(
     "--downtime",
@@ -208,25 +220,82 @@ def only_domain(settings: Settings) -> str:
 
 
 @click.command("migrate-receive")
+@click.option(
+    "--listen",
+    metavar="ADDRESS",
+    help="Wait at a socket, tcp:ADDRESS:PORT or unix:PATH, neither encrypted nor authenticated.",
+)
 @cpu_mismatch_option
 @json_option
 @pass_settings
-def migrate_receive(settings: Settings, cpu_mismatch: str, as_json: bool) -> None:
+def migrate_receive(
+    settings: Settings, listen: str | None, cpu_mismatch: str, as_json: bool
+) -> None:
     """The far end of a migration: a stream on stdin, answers on stdout."""
-    settings.stdout_is_data = True
+    settings.stdout_is_data = listen is None
+    chosen = {"cpu-mismatch": cpu_mismatch}
     with settings.prestart() as process:
-        from xsave import migrate as verb
+        if listen is None:
+            answer = take(settings, process, sys.stdout.fileno(), chosen)
+        else:
+            with accepted(settings, listen, as_json) as sock:
+                answer = take_at_socket(settings, process, sock, chosen)
+    sentence = f"{answer['name']}: received as domain {answer['domid']}"
+    if listen and as_json:
+        console.emit_json_line(answer)
+    else:
+        settings.answer(as_json, answer, sentence)
 
-        host = settings.open_host()
-        make_domain = domain_maker(host, process)
-        with settings.progress() as report:
-            info, resumed_ns = verb.receive(
-                make_domain,
-                STDIO,
-                sys.stdout.fileno(),
-                cpu_mismatch=cpu_mismatch,
-                nr_frames=host.nr_frames,
-                report=report,
-            )
-    answer = asdict(info) | {"resumed_ns": resumed_ns}
-    settings.answer(as_json, answer, f"{info.name}: received as domain {info.domid}")
+
+def take(
+    settings: Settings, process: WaitingProcess, output: int, chosen: dict[str, str]
+) -> dict[str, Any]:
+    """Take a domain from stdin; return the answer of the command."""
+    from xsave import migrate as verb
+
+    host = settings.open_host()
+    with settings.progress() as report:
+        info, resumed_ns = verb.receive(
+            domain_maker(host, process),
+            STDIO,
+            output,
+            cpu_mismatch=chosen["cpu-mismatch"],
+            nr_frames=host.nr_frames,
+            report=report,
+        )
+    return asdict(info) | {"resumed_ns": resumed_ns}
+
+
+@contextmanager
+def accepted(settings: Settings, listen: str, as_json: bool) -> Iterator[socket]:
+    """Give the connection of the first one who comes; nobody else is let in."""
+    from xsave.host.address import Address, Listener
+
+    with Listener(Address.parse(listen)) as listener:
+        if as_json:
+            console.emit_json_line({"listening": listener.text})
+        else:
+            settings.say(f"listening on {listener.text}")
+        sock = listener.accept()
+    with sock:
+        yield sock
+
+
+def take_at_socket(
+    settings: Settings, process: WaitingProcess, sock: socket, chosen: dict[str, str]
+) -> dict[str, Any]:
+    """Take a domain from a socket; the sender hears there how that ended."""
+    from xsave.host import handshake
+    from xsave.host.address import say_goodbye
+
+    chosen |= {
+        key: value for key, value in handshake.welcome(sock.fileno()).items() if key in chosen
+    }
+    os.dup2(sock.fileno(), sys.stdin.fileno())
+    try:
+        answer = take(settings, process, sock.fileno(), chosen)
+    except XsaveError as e:
+        say_goodbye(sock, f"{console.ERROR_PREFIX}{e}")
+        raise
+    say_goodbye(sock, json.dumps(answer))
+    return answer

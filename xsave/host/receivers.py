@@ -1,31 +1,68 @@
-"""The kinds of far ends: `migrate-receive` here, and through ssh."""
+"""The kinds of far ends: `migrate-receive` here, through ssh, at a socket, and a real xl's.
+
+An option for the far end (a name and its value) is an option on its command line, or, over a
+socket, part of the one line that the sender says first. A real xl gets none.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
+import select
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
-from xsave.errors import StorageError
+from xsave.errors import StorageError, UsageError
+from xsave.host import handshake
+from xsave.host.address import PREFIXES, Address
 from xsave.host.host import Host, open_host
 from xsave.host.ssh import SshHost, can_ask, explain, find_ssh_host, ssh_command, start_error
-from xsave.host.transport import Receiver, widen
+from xsave.host.transport import Channel, Receiver, widen
 
 _EXIT_WAIT_S = 10.0
 _ASKING_TIMEOUT_S = 300.0
 _MAX_SAID_BYTES = 1 << 16
+XL_PREFIX = "xl:"
+_NO_ZSTD = "a real xl takes no zstd: leave --compress out"
 
 
-Target = Host | SshHost
+@dataclass(frozen=True)
+class SocketTarget:
+    """An xsave (or anything that talks like xl) that listens."""
+
+    name: str
+    address: Address
+
+
+@dataclass(frozen=True)
+class XlTarget:
+    """A command line for sh, at the end of which `xl migrate-receive` is."""
+
+    name: str
+    command: str
+
+
+Target = Host | SshHost | SocketTarget | XlTarget
 
 
 def open_target(text: str) -> Target:
     """Return where `migrate --to` is to go. Raises NotFound, UsageError."""
+    if text.startswith(XL_PREFIX):
+        command = text.removeprefix(XL_PREFIX)
+        if not command.strip():
+            raise UsageError(f"{text!r}: expected {XL_PREFIX}COMMAND, such as xl:ssh dom0 xl ...")
+        return XlTarget(text, command)
+    if text.startswith(PREFIXES):
+        return SocketTarget(text, Address.parse(text))
     return find_ssh_host(text) or open_host(text)
 
 
@@ -38,6 +75,10 @@ def connect(target: Target, options: Mapping[str, str]) -> Receiver:
             return LocalReceiver(target, options)
         case SshHost():
             return SshReceiver(target, options)
+        case SocketTarget():
+            return SocketReceiver(target, options)
+        case XlTarget():
+            return XlReceiver(target)
 
 
 class ProcessReceiver(Receiver):
@@ -149,6 +190,87 @@ class SshReceiver(ProcessReceiver):
         return explain(self._target, status, last) if status else ""
 
 
+class XlReceiver(ProcessReceiver):
+    """A real `xl migrate-receive`, spoken to as another xl does."""
+
+    zeroes = False
+
+    def __init__(self, target: XlTarget) -> None:
+        self._name = target.name
+        asking = can_ask()
+        if asking:
+            self.banner_timeout_s = _ASKING_TIMEOUT_S
+        try:
+            command = ["/bin/sh", "-c", target.command]
+            super().__init__(command, shares_terminal=asking)
+        except OSError as e:
+            raise StorageError(f"{target.name}: cannot start it: {e.strerror}") from e
+
+    def channel(self, compress_level: int | None, bandwidth: float | None) -> Channel:
+        if compress_level is not None:
+            raise UsageError(_NO_ZSTD)
+        return super().channel(compress_level, bandwidth)
+
+    def silence(self, said: str) -> str:
+        # libxl goes on complaining after the line that tells; the last ones mislead.
+        errors = [line for line in said.splitlines() if "error" in line.lower()]
+        return super().silence("\n".join(errors[:1]) or said)
+
+    def explain(self, status: int, last: str) -> str:
+        said = last or "it said nothing"
+        return f"{self._name} ended with status {status}: {said}" if status or last else ""
+
+
+class SocketReceiver(Receiver):
+    """Whoever listens at a socket: an xsave, which says so, or what talks like xl."""
+
+    def __init__(self, target: SocketTarget, options: Mapping[str, str]) -> None:
+        self._options = options
+        self._compresses = False
+        self._sock = target.address.connect()
+        self._said: str | None = None
+        super().__init__(self._sock.fileno(), self._sock.fileno())
+
+    def channel(self, compress_level: int | None, bandwidth: float | None) -> Channel:
+        self._compresses = compress_level is not None
+        return super().channel(compress_level, bandwidth)
+
+    def greet(self) -> None:
+        line = handshake.receive_line(self.output, "its banner", self.banner_timeout_s)
+        if line == handshake.HELLO:
+            self._sock.sendall(json.dumps(dict(self._options)).encode() + b"\n")
+            super().greet()
+            return
+        self.zeroes = False
+        self.expect_banner(line)
+        if self._compresses:
+            raise UsageError(_NO_ZSTD)
+
+    def said(self) -> str:
+        """Return what came behind the last message."""
+        if self._said is None:
+            with contextlib.suppress(OSError):
+                self._sock.shutdown(socket.SHUT_WR)
+            self._said = _read_rest(self.output).decode(errors="replace")
+            self.close()
+        return self._said
+
+    def close(self) -> None:
+        super().close()
+        self._sock.close()
+
+
 def _arguments(options: Mapping[str, str]) -> list[str]:
     given = [part for name, value in options.items() for part in (f"--{name}", value)]
     return ["-q", "--progress", "none", "migrate-receive", *given, "--json"]
+
+
+def _read_rest(fd: int) -> bytes:
+    """Return what still comes, to the end or until too much or too slow."""
+    deadline, rest = time.monotonic() + _EXIT_WAIT_S, b""
+    with contextlib.suppress(OSError):
+        while len(rest) < _MAX_SAID_BYTES and (left := deadline - time.monotonic()) > 0:
+            if not select.select([fd], [], [], left)[0] or not (piece := os.read(fd, 1 << 16)):
+                break
+            rest += piece
+    return rest
