@@ -44,6 +44,8 @@ from xsave.save import Writer
 #: From the last byte of the image to the receiver's READY: page tables, vCPUs.
 READY_TIMEOUT_S = 120.0
 REPORT_TIMEOUT_S = 60.0
+#: A link that is cut says nothing to the receiver. Longer than a guest may take to suspend.
+SILENCE_TIMEOUT_S = 600.0
 INCOMING_SUFFIX = "--incoming"
 
 
@@ -275,7 +277,7 @@ def receive(
     without a go-ahead; nothing is left here then.
     """
     handshake.send(output, handshake.BANNER, "the banner")  # the sender waits for it
-    with open_source(channel) as source:
+    with open_source(channel, SILENCE_TIMEOUT_S) as source:
         return _take(make_domain, source, output, nr_frames, cpu_mismatch, paused, report)
 
 

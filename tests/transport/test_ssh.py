@@ -8,8 +8,9 @@ from tests.flows.flow import MIB, create, nothing_is_left, runs_on, state, wait_
 from tests.flows.live import Oracle, migrate_live
 from xsave.errors import ConnectionLost, NotFound, StorageError, UsageError
 from xsave.guest.xen.domctl import Domctl
+from xsave.host.asking import ask
 from xsave.host.receivers import SshReceiver
-from xsave.host.ssh import SshHost, ask
+from xsave.host.ssh import SshHost
 from xsave.progress import Round
 
 #: Writes all of its 4 MiB ten times a second, makes and destroys page tables without rest.
@@ -154,8 +155,12 @@ def test_a_real_xl_is_not_taken_for_ours(host, by_ssh, ssh_path):
     fails(host, SshHost("far", "far", str(xl)), "unknown global option")
 
 
-def test_ask(far, by_ssh):
-    """A command there answers here in JSON, and fails here as there."""
+def test_ask(host, far, by_ssh):
+    """A command there answers here in JSON, and fails here as there; so does one for our host."""
+    create(host)
+    assert [domain["name"] for domain in ask(host, ["list"])] == ["g"]
+    with pytest.raises(NotFound, match="host localhost: no domain named nobody"):
+        ask(host, ["destroy", "nobody"])
     assert ask(by_ssh, ["list"]) == []
     assert ask(by_ssh, ["info"])["nr_frames"] == far.nr_frames
     with pytest.raises(NotFound, match="host far: no domain named nobody"):

@@ -41,7 +41,8 @@ def add_those_elsewhere(domains: list[DomainInfo]) -> list[str]:
     """Add the domains of hosts on other machines, which have our names for them here; return
     what went wrong."""
     from xsave.guest.xen.domctl import DomainInfo
-    from xsave.host.ssh import ask, list_ssh_hosts
+    from xsave.host.asking import ask
+    from xsave.host.ssh import list_ssh_hosts
 
     failures = []
     known = {field.name for field in fields(DomainInfo)}

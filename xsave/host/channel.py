@@ -29,12 +29,14 @@ _OWN_DESCRIPTOR = re.compile(r"/(?:dev|proc/self)/fd/(\d{1,6})")
 _STANDARD = {"-": 1, "/dev/stdout": 1, "/dev/stderr": 2}
 
 
-def open_source(path: str) -> Source:
-    """Return the source of this path ("-": standard input), decompressed if it is zstd."""
+def open_source(path: str, timeout_s: float | None = None) -> Source:
+    """Return the source of this path ("-": standard input), decompressed if it is zstd.
+
+    timeout_s: for how long a pipe or socket may be silent, for ever if None."""
     from xsave.host.source import open_raw
     from xsave.image.zstdseek import MAGIC
 
-    raw = open_raw(path)
+    raw = open_raw(path, timeout_s)
     if bytes(raw.peek(len(MAGIC))) != MAGIC:
         return raw
     from xsave.host.compression import ZstdSource

@@ -13,17 +13,16 @@ import select
 import signal
 import socket
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from types import TracebackType
 
 from xsave.errors import StorageError, UsageError
 from xsave.host import handshake
 from xsave.host.address import PREFIXES, Address
+from xsave.host.asking import own_command, own_environment
 from xsave.host.host import Host, open_host
 from xsave.host.ssh import SshHost, can_ask, explain, find_ssh_host, ssh_command, start_error
 from xsave.host.transport import Channel, Receiver, widen
@@ -112,6 +111,7 @@ class ProcessReceiver(Receiver):
         finally:
             if before is not None:
                 signal.signal(signal.SIGINT, before)
+        self._ended_by_us = False
         assert self._process.stdin is not None and self._process.stdout is not None
         super().__init__(self._process.stdin.fileno(), self._process.stdout.fileno())
         widen(self._input)
@@ -128,6 +128,8 @@ class ProcessReceiver(Receiver):
         return self._errors.read().decode(errors="replace")
 
     def silence(self, said: str) -> str:
+        if self._ended_by_us:
+            return ""
         lines = [line.strip() for line in said.splitlines() if line.strip()]
         last = "".join(c for c in lines[-1] if c.isprintable()) if lines else ""
         return self.explain(self._process.returncode, last)
@@ -142,11 +144,14 @@ class ProcessReceiver(Receiver):
         for pipe in (self._process.stdin, self._process.stdout):
             if pipe is not None and not pipe.closed:
                 pipe.close()
-        try:
-            self._process.wait(_EXIT_WAIT_S)
-        except subprocess.TimeoutExpired:
-            self._process.terminate()
-            self._process.wait()
+        for end in (self._process.terminate, self._process.kill):
+            try:
+                self._process.wait(_EXIT_WAIT_S)
+                return
+            except subprocess.TimeoutExpired:
+                self._ended_by_us = True
+                end()
+        self._process.wait()
 
     def __exit__(
         self,
@@ -162,12 +167,8 @@ class LocalReceiver(ProcessReceiver):
     """`migrate-receive` for another host of this machine."""
 
     def __init__(self, target: Host, options: Mapping[str, str]) -> None:
-        root = str(Path(__file__).resolve().parents[2])
-        path = os.environ.get("PYTHONPATH", "")
-        command = [sys.executable, "-m", "xsave", "--host", target.name]
-        environment = os.environ | {"PYTHONPATH": f"{root}:{path}" if path else root}
         try:
-            super().__init__([*command, *_arguments(options)], environment)
+            super().__init__(own_command(target, _arguments(options)), own_environment())
         except OSError as e:
             raise StorageError(f"cannot start the receiving end: {e.strerror}") from e
 

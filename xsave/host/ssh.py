@@ -13,41 +13,18 @@ import shlex
 import shutil
 import subprocess
 import sys
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
-from xsave.errors import (
-    ConnectionLost,
-    GuestStateError,
-    HandoverUndecided,
-    HostCannotTake,
-    ImageError,
-    NameTaken,
-    NotFound,
-    StorageError,
-    UsageError,
-    XsaveError,
-)
+from xsave.errors import ConnectionLost, NameTaken, StorageError, UsageError
 from xsave.host import paths
 from xsave.host.registry import NAME_PATTERN, check_name
 
 DEFAULT_COMMAND = "xsave"
 DEFAULT_REMOTE_HOST = "localhost"
-#: How long an answer may take, in seconds; a person may have to type a password first.
-ANSWER_TIMEOUT_S, ANSWER_TIMEOUT_ASKING_S = 60.0, 300.0
 _MAX_SAID = 2000
 #: What ssh itself ends with, and what a shell says of a command it does not find or may not run.
 _SSH_FAILED, _NOT_EXECUTABLE, _NOT_FOUND = 255, 126, 127
-_ERRORS: dict[int, type[XsaveError]] = {
-    UsageError.exit_code: UsageError,
-    ImageError.exit_code: ImageError,
-    HostCannotTake.exit_code: HostCannotTake,
-    NotFound.exit_code: NotFound,
-    GuestStateError.exit_code: GuestStateError,
-    HandoverUndecided.exit_code: HandoverUndecided,
-}
 #: What ssh says of itself, in lower case -> what a person can do about it.
 _ADVICE = (
     ("host key verification failed", "run `{try_it}` by hand, and look at the key it shows"),
@@ -152,34 +129,10 @@ def explain(host: SshHost, status: int, said: str) -> str:
     if status == _SSH_FAILED:
         found = [what for pattern, what in _ADVICE if pattern in said.lower()]
         advice = f" ({found[0].format(try_it=where)})" if found else ""
-        return f"{where}: {said or 'the connection failed'}{advice}"
+        return f"{where}: {said or 'the connection, or the command there, was cut off'}{advice}"
     if status < 0:
         return f"{where}: ended by signal {-status}"
     return f"{where}: {said}" if said else f"{where}: the command there ended with {status}"
-
-
-def ask(host: SshHost, arguments: Sequence[str]) -> Any:
-    """Run a command there that answers in one JSON document; return that.
-
-    Raises what the command there failed with, as the same kind of error; ConnectionLost."""
-    timeout_s = ANSWER_TIMEOUT_ASKING_S if can_ask() else ANSWER_TIMEOUT_S
-    # A file, not a pipe: a control master that ssh leaves behind may hold it open.
-    with tempfile.TemporaryFile() as errors:
-        try:
-            done = subprocess.run(
-                ssh_command(host, ["-q", *arguments, "--json"]),
-                stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=errors,
-                timeout=timeout_s, check=False,
-            )  # fmt: skip
-        except OSError as e:
-            raise start_error(host, e) from e
-        except subprocess.TimeoutExpired:
-            message = f"host {host.name}: no answer within {timeout_s:g} s"
-            raise ConnectionLost(message) from None
-        errors.seek(0)
-        said = last_line(errors.read())
-    explanation = explain(host, done.returncode, said)
-    return answer_of(host.name, done.returncode, done.stdout, explanation)
 
 
 def last_line(said: bytes) -> str:
@@ -187,20 +140,6 @@ def last_line(said: bytes) -> str:
     text = said[-_MAX_SAID:].decode(errors="replace")
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     return "".join(c for c in lines[-1] if c.isprintable()) if lines else ""
-
-
-def answer_of(name: str, status: int, output: bytes, explanation: str) -> Any:
-    """Return the JSON document a command on host `name` answered with; raise its error."""
-    try:
-        answer = json.loads(output)
-    except ValueError:
-        if not status:
-            explanation = f"expected an answer in JSON, found {output[:80]!r}"
-        raise ConnectionLost(f"host {name}: {explanation}") from None
-    if not status:
-        return answer
-    message = answer.get("error") if isinstance(answer, dict) else None
-    raise _ERRORS.get(status, StorageError)(f"host {name}: {message or explanation}")
 
 
 def run_there(host: SshHost, arguments: Sequence[str], *, terminal: bool) -> int:
