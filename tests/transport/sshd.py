@@ -79,10 +79,10 @@ def free_port(address="127.0.0.1"):
 
 
 class Sshd:
-    """The server, and `bin`, the directory with the client. prefix: a command in front of the
-    server (another network namespace); bind: where it listens there."""
+    """The server, and `bin`, the directory with the client. The commands in front of the two are
+    there for network namespaces; address is where it listens then."""
 
-    def __init__(self, directory: Path, address="127.0.0.1", prefix=()):
+    def __init__(self, directory: Path, address="127.0.0.1", before_server=(), before_client=()):
         require()
         self.directory, self.bin = directory, directory / "bin"
         self.bin.mkdir(parents=True)
@@ -100,11 +100,11 @@ class Sshd:
         (directory / "client").write_text(_CLIENT.format(**facts))
         key = (directory / "host_key.pub").read_text()
         (directory / "known_hosts").write_text(f"[{address}]:{port} {key}")
-        self.client(f'exec {SSH} -F {directory}/client "$@"')
+        self.client(f'exec {shlex.join(before_client)} {SSH} -F {directory}/client "$@"')
         with (directory / "log").open("wb") as log:
-            command = [*prefix, SSHD, "-D", "-e", "-f", directory / "server"]
+            command = [*before_server, SSHD, "-D", "-e", "-f", directory / "server"]
             self._process = subprocess.Popen(command, stderr=log, stdin=subprocess.DEVNULL)
-        self._wait(prefix)
+        self._wait()
 
     def client(self, script):
         """Have `ssh` be this script of sh."""
@@ -112,10 +112,10 @@ class Sshd:
         path.write_text(f"#!/bin/sh\n{script}\n")
         path.chmod(0o755)
 
-    def _wait(self, prefix):
+    def _wait(self):
         deadline = time.monotonic() + 20
         hello = [self.bin / "ssh", "-o", "BatchMode=yes", "far", "true"]
-        while (done := subprocess.run([*prefix, *hello], capture_output=True)).returncode:
+        while (done := subprocess.run(hello, capture_output=True)).returncode:
             log = (self.directory / "log").read_text()
             assert self._process.poll() is None, log
             assert time.monotonic() < deadline, done.stderr + log.encode()
