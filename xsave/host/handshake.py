@@ -78,11 +78,11 @@ def _receive_until(fd: int, nr: int, what: str, deadline: float, timeout_s: floa
     while len(data) < nr:
         left = deadline - time.monotonic()
         if left <= 0 or not select.select([fd], [], [], left)[0]:
-            raise ConnectionLost(f"no {what} from the other end within {timeout_s:g} s")
+            raise ConnectionLost(f"the other end did not say {what} within {timeout_s:g} s")
         try:
             piece = os.read(fd, nr - len(data))
         except OSError as e:
-            raise ConnectionLost(f"no {what} from the other end: {e.strerror}") from e
+            raise ConnectionLost(f"the other end did not say {what}: {e.strerror}") from e
         if not piece:
             raise ConnectionLost(f"the other end closed the connection before {what}")
         data += piece
