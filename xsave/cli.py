@@ -40,7 +40,7 @@ COMMANDS = {
     "save": "flows:save",
     "restore": "flows:restore",
     "migrate": "migration:migrate",
-    "migrate-receive": "migration:migrate_receive",
+    "migrate-receive": "receiving:migrate_receive",
     "host": "host:host",
     "image": "image:image",
     "demo": "demo:demo",

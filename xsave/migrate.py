@@ -17,6 +17,7 @@ an explicit word resumes it, whatever becomes of this process:
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 
@@ -30,7 +31,7 @@ from xsave.errors import (
 )
 from xsave.guest.xen.domctl import DomainInfo, Domctl
 from xsave.host import handshake
-from xsave.host.channel import open_source
+from xsave.host.channel import open_joined, open_source
 from xsave.host.host import Host
 from xsave.host.receivers import Target, connect
 from xsave.host.transport import Channel, Receiver, measured_bandwidth
@@ -62,6 +63,7 @@ class Options:
     compress_level: int | None = None
     cpu_mismatch: str = "refuse"
     dirty_log: str = "auto"
+    nr_connections: int = 1
 
 
 @dataclass(frozen=True)
@@ -101,7 +103,8 @@ def migrate(
         raise UsageError(f"the domain is on host {target.name} already")
     started = time.monotonic_ns()
     options = options or Options()
-    with connect(target, {"cpu-mismatch": options.cpu_mismatch}) as receiver:
+    chosen = {"cpu-mismatch": options.cpu_mismatch}
+    with connect(target, chosen, options.nr_connections) as receiver:
         result = Sender(domctl, receiver, options, report).run()
     result = replace(result, total_ns=time.monotonic_ns() - started)
     seconds = result.total_ns / 1e9
@@ -262,7 +265,7 @@ class Sender:
 
 def receive(
     make_domain: MakeDomain,
-    channel: str,
+    channel: str | Sequence[int],
     output: int,
     *,
     nr_frames: int,
@@ -270,14 +273,20 @@ def receive(
     paused: bool = False,
     report: Report = ignore,
 ) -> tuple[DomainInfo, int]:
-    """The far end: take an image from `channel` ("-": stdin), start its guest at the sender's GO.
+    """The far end: take an image from `channel` ("-": stdin; or the descriptors of several
+    connections), start its guest at the sender's GO.
 
     Return what runs now, and the guest's wall clock when it began to. Messages go to the
     descriptor `output`. Raises what restore raises, and ConnectionLost
     without a go-ahead; nothing is left here then.
     """
     handshake.send(output, handshake.BANNER, "the banner")  # the sender waits for it
-    with open_source(channel, SILENCE_TIMEOUT_S) as source:
+    opened = (
+        open_source(channel, SILENCE_TIMEOUT_S)
+        if isinstance(channel, str)
+        else open_joined(channel, SILENCE_TIMEOUT_S)
+    )
+    with opened as source:
         return _take(make_domain, source, output, nr_frames, cpu_mismatch, paused, report)
 
 

@@ -1,12 +1,9 @@
-"""migrate, migrate-receive: a running domain moves to another host."""
+"""migrate: a running domain moves to another host."""
 
 from __future__ import annotations
 
-import json
 import os
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -16,18 +13,13 @@ from xsave import console
 from xsave.commands.common import DOMAIN, HOST, SIZE, Settings, json_option, pass_settings
 from xsave.commands.flows import (
     DEFAULT_COMPRESS_LEVEL,
-    STDIO,
     cpu_mismatch_option,
-    domain_maker,
 )
-from xsave.errors import HandoverUndecided, MigrationCancelled, NotFound, UsageError, XsaveError
+from xsave.errors import HandoverUndecided, MigrationCancelled, NotFound, UsageError
 from xsave.progress import Event, Pages, Report
 from xsave.progress import Round as RoundEvent
 
 if TYPE_CHECKING:
-    from socket import socket
-
-    from xsave.host.prestart import WaitingProcess
     from xsave.migrate import MigrateResult, Options
     from xsave.rounds import DryRun
 
@@ -35,6 +27,8 @@ if TYPE_CHECKING:
 DIRTY_LOG_VARIABLE = "XSAVE_DIRTY_LOG"
 #: Of precopy.py, which a command that only parses need not import; a test compares.
 DOWNTIME_MS, TIMEOUT_S = 300, 120
+#: Of host/striping.py; likewise.
+MAX_CONNECTIONS = 16
 _OUTCOMES: tuple[tuple[type[BaseException], str], ...] = (
     (MigrationCancelled, "cancelled"),
     (HandoverUndecided, "undecided"),
@@ -79,6 +73,13 @@ ENDINGS = ("stop-and-copy", "cancel")
 )
 @click.option("--auto-converge", is_flag=True, help="Throttle a guest that writes too fast.")
 @click.option("--bandwidth", type=SIZE, metavar="RATE", help="Bytes a second, at most (100M).")
+@click.option(
+    "--connections",
+    type=click.IntRange(1, MAX_CONNECTIONS),
+    metavar="N",
+    default=1,
+    help=f"Send over so many connections at once (1 to {MAX_CONNECTIONS}, 1).",
+)
 @click.option("--compress", is_flag=True, help="Send zstd.")
 @click.option(
     "--compress-level",
@@ -141,6 +142,7 @@ def read_options(options: dict[str, Any]) -> Options:
         compress_level=level,
         cpu_mismatch=options["cpu_mismatch"],
         dirty_log=dirty_log,
+        nr_connections=options["connections"],
     )
 
 
@@ -217,85 +219,3 @@ def only_domain(settings: Settings) -> str:
     if len(names) > 1:
         raise UsageError(f"host {settings.host} runs {len(names)}: say which ({', '.join(names)})")
     return names[0]
-
-
-@click.command("migrate-receive")
-@click.option(
-    "--listen",
-    metavar="ADDRESS",
-    help="Wait at a socket, tcp:ADDRESS:PORT or unix:PATH, neither encrypted nor authenticated.",
-)
-@cpu_mismatch_option
-@json_option
-@pass_settings
-def migrate_receive(
-    settings: Settings, listen: str | None, cpu_mismatch: str, as_json: bool
-) -> None:
-    """The far end of a migration: a stream on stdin, answers on stdout."""
-    settings.stdout_is_data = listen is None
-    chosen = {"cpu-mismatch": cpu_mismatch}
-    with settings.prestart() as process:
-        if listen is None:
-            answer = take(settings, process, sys.stdout.fileno(), chosen)
-        else:
-            with accepted(settings, listen, as_json) as sock:
-                answer = take_at_socket(settings, process, sock, chosen)
-    sentence = f"{answer['name']}: received as domain {answer['domid']}"
-    if listen and as_json:
-        console.emit_json_line(answer)
-    else:
-        settings.answer(as_json, answer, sentence)
-
-
-def take(
-    settings: Settings, process: WaitingProcess, output: int, chosen: dict[str, str]
-) -> dict[str, Any]:
-    """Take a domain from stdin; return the answer of the command."""
-    from xsave import migrate as verb
-
-    host = settings.open_host()
-    with settings.progress() as report:
-        info, resumed_ns = verb.receive(
-            domain_maker(host, process),
-            STDIO,
-            output,
-            cpu_mismatch=chosen["cpu-mismatch"],
-            nr_frames=host.nr_frames,
-            report=report,
-        )
-    return asdict(info) | {"resumed_ns": resumed_ns}
-
-
-@contextmanager
-def accepted(settings: Settings, listen: str, as_json: bool) -> Iterator[socket]:
-    """Give the connection of the first one who comes; nobody else is let in."""
-    from xsave.host.address import Address, Listener
-
-    with Listener(Address.parse(listen)) as listener:
-        if as_json:
-            console.emit_json_line({"listening": listener.text})
-        else:
-            settings.say(f"listening on {listener.text}")
-        sock = listener.accept()
-    with sock:
-        yield sock
-
-
-def take_at_socket(
-    settings: Settings, process: WaitingProcess, sock: socket, chosen: dict[str, str]
-) -> dict[str, Any]:
-    """Take a domain from a socket; the sender hears there how that ended."""
-    from xsave.host import handshake
-    from xsave.host.address import say_goodbye
-
-    chosen |= {
-        key: value for key, value in handshake.welcome(sock.fileno()).items() if key in chosen
-    }
-    os.dup2(sock.fileno(), sys.stdin.fileno())
-    try:
-        answer = take(settings, process, sock.fileno(), chosen)
-    except XsaveError as e:
-        say_goodbye(sock, f"{console.ERROR_PREFIX}{e}")
-        raise
-    say_goodbye(sock, json.dumps(answer))
-    return answer

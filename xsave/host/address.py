@@ -75,9 +75,13 @@ class Listener:
             reason = getattr(e, "strerror", None) or e
             raise StorageError(f"cannot listen on {address.text}: {reason}") from e
 
-    def accept(self) -> socket.socket:
-        """Wait for the next one who connects."""
-        return _prepared(self._sock.accept()[0])
+    def accept(self, timeout_s: float | None = None) -> socket.socket:
+        """Wait for the next one who connects. Raises ConnectionLost after a time."""
+        self._sock.settimeout(timeout_s)
+        try:
+            return _prepared(self._sock.accept()[0])
+        except TimeoutError:
+            raise ConnectionLost(f"nobody has connected for {timeout_s:g} s") from None
 
     def close(self) -> None:
         """Listen no more."""

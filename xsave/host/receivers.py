@@ -19,18 +19,20 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 
-from xsave.errors import StorageError, UsageError
+from xsave.errors import ConnectionLost, StorageError, UsageError
 from xsave.host import handshake
 from xsave.host.address import PREFIXES, Address
 from xsave.host.asking import own_command, own_environment
 from xsave.host.host import Host, open_host
 from xsave.host.ssh import SshHost, can_ask, explain, find_ssh_host, ssh_command, start_error
+from xsave.host.striping import Part
 from xsave.host.transport import Channel, Receiver, widen
 
 _EXIT_WAIT_S = 10.0
 _ASKING_TIMEOUT_S = 300.0
 _MAX_SAID_BYTES = 1 << 16
 XL_PREFIX = "xl:"
+_ONE_CONNECTION = "a real xl takes one connection: leave --connections out"
 _NO_ZSTD = "a real xl takes no zstd: leave --compress out"
 
 
@@ -65,27 +67,31 @@ def open_target(text: str) -> Target:
     return find_ssh_host(text) or open_host(text)
 
 
-def connect(target: Target, options: Mapping[str, str]) -> Receiver:
+def connect(target: Target, options: Mapping[str, str], nr_connections: int = 1) -> Receiver:
     """Reach a migrate-receive with these options ({"cpu-mismatch": "refuse"}).
 
-    Raises StorageError."""
+    Raises StorageError, UsageError."""
+    parts = Part.of(nr_connections) if nr_connections > 1 else []
     match target:
         case Host():
-            return LocalReceiver(target, options)
+            return LocalReceiver(target, options, parts)
         case SshHost():
-            return SshReceiver(target, options)
+            return SshReceiver(target, options, parts)
         case SocketTarget():
-            return SocketReceiver(target, options)
+            return SocketReceiver(target, options, parts)
         case XlTarget():
+            if parts:
+                raise UsageError(_ONE_CONNECTION)
             return XlReceiver(target)
 
 
 class ProcessReceiver(Receiver):
-    """A process that takes the image on its stdin and answers on its stdout."""
+    """A process that takes the image on its stdin and answers on its stdout; others beside it, if
+    there are, take parts of the image on theirs."""
 
     def __init__(
         self,
-        command: Sequence[str],
+        commands: Sequence[Sequence[str]],
         environment: Mapping[str, str] | None = None,
         *,
         shares_terminal: bool = False,
@@ -95,26 +101,39 @@ class ProcessReceiver(Receiver):
         Ctrl-C is for the sender alone, which tells the other end; so the process has a session of
         its own, or ignores it (ssh leaves an ignored signal alone)."""
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as this
+        self._processes: list[subprocess.Popen[bytes]] = []
+        self._ended_by_us = False
         before = signal.signal(signal.SIGINT, signal.SIG_IGN) if shares_terminal else None
         try:
-            self._process = subprocess.Popen(
-                command,
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=self._errors,
-                start_new_session=not shares_terminal,
-                env=environment,
-            )
+            for command in commands:
+                self._start(command, environment, new_session=not shares_terminal)
         except OSError:
+            self._end()
             self._errors.close()
             raise
         finally:
             if before is not None:
                 signal.signal(signal.SIGINT, before)
-        self._ended_by_us = False
-        assert self._process.stdin is not None and self._process.stdout is not None
-        super().__init__(self._process.stdin.fileno(), self._process.stdout.fileno())
-        widen(self._input)
+        self._process = self._processes[0]
+        assert self._process.stdout is not None
+        inputs = [one.stdin.fileno() for one in self._processes if one.stdin is not None]
+        super().__init__(inputs, self._process.stdout.fileno())
+        for fd in inputs:
+            widen(fd)
+
+    def _start(
+        self, command: Sequence[str], environment: Mapping[str, str] | None, *, new_session: bool
+    ) -> None:
+        self._processes.append(
+            subprocess.Popen(
+                command,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.DEVNULL if self._processes else subprocess.PIPE,
+                stderr=self._errors,
+                start_new_session=new_session,
+                env=environment,
+            )
+        )
 
     @property
     def pid(self) -> int:
@@ -139,19 +158,27 @@ class ProcessReceiver(Receiver):
         return f"the receiving end said: {last}" if last else ""
 
     def close(self) -> None:
-        """Close both pipes and wait for the process; one that hangs is ended."""
+        """Close the pipes and wait for the processes; one that hangs is ended."""
         super().close()
-        for pipe in (self._process.stdin, self._process.stdout):
-            if pipe is not None and not pipe.closed:
-                pipe.close()
-        for end in (self._process.terminate, self._process.kill):
+        self._end()
+
+    def _end(self) -> None:
+        for process in self._processes:
+            for pipe in (process.stdin, process.stdout):
+                if pipe is not None and not pipe.closed:
+                    pipe.close()
+        for process in self._processes:
+            self._await(process)
+
+    def _await(self, process: subprocess.Popen[bytes]) -> None:
+        for end in (process.terminate, process.kill):
             try:
-                self._process.wait(_EXIT_WAIT_S)
+                process.wait(_EXIT_WAIT_S)
                 return
             except subprocess.TimeoutExpired:
                 self._ended_by_us = True
                 end()
-        self._process.wait()
+        process.wait()
 
     def __exit__(
         self,
@@ -166,9 +193,10 @@ class ProcessReceiver(Receiver):
 class LocalReceiver(ProcessReceiver):
     """`migrate-receive` for another host of this machine."""
 
-    def __init__(self, target: Host, options: Mapping[str, str]) -> None:
+    def __init__(self, target: Host, options: Mapping[str, str], parts: Sequence[Part]) -> None:
+        commands = [own_command(target, given) for given in _arguments(options, parts)]
         try:
-            super().__init__(own_command(target, _arguments(options)), own_environment())
+            super().__init__(commands, own_environment())
         except OSError as e:
             raise StorageError(f"cannot start the receiving end: {e.strerror}") from e
 
@@ -177,13 +205,14 @@ class SshReceiver(ProcessReceiver):
     """`migrate-receive` on another machine. That it is an xsave, and no xl, is sure: no xl takes
     the options it is given."""
 
-    def __init__(self, target: SshHost, options: Mapping[str, str]) -> None:
+    def __init__(self, target: SshHost, options: Mapping[str, str], parts: Sequence[Part]) -> None:
         self._target = target
         asking = can_ask()
         if asking:
             self.banner_timeout_s = _ASKING_TIMEOUT_S
+        commands = [ssh_command(target, given) for given in _arguments(options, parts)]
         try:
-            super().__init__(ssh_command(target, _arguments(options)), shares_terminal=asking)
+            super().__init__(commands, shares_terminal=asking)
         except OSError as e:
             raise start_error(target, e) from e
 
@@ -203,7 +232,7 @@ class XlReceiver(ProcessReceiver):
             self.banner_timeout_s = _ASKING_TIMEOUT_S
         try:
             command = ["/bin/sh", "-c", target.command]
-            super().__init__(command, shares_terminal=asking)
+            super().__init__([command], shares_terminal=asking)
         except OSError as e:
             raise StorageError(f"{target.name}: cannot start it: {e.strerror}") from e
 
@@ -225,45 +254,84 @@ class XlReceiver(ProcessReceiver):
 class SocketReceiver(Receiver):
     """Whoever listens at a socket: an xsave, which says so, or what talks like xl."""
 
-    def __init__(self, target: SocketTarget, options: Mapping[str, str]) -> None:
+    def __init__(
+        self, target: SocketTarget, options: Mapping[str, str], parts: Sequence[Part]
+    ) -> None:
         self._options = options
+        self._parts = parts
+        self._address = target.address
         self._compresses = False
-        self._sock = target.address.connect()
+        self._socks = [target.address.connect()]
+        self._sock = self._socks[0]
         self._said: str | None = None
-        super().__init__(self._sock.fileno(), self._sock.fileno())
+        super().__init__([self._sock.fileno()], self._sock.fileno())
+        try:
+            self._hear_hello()
+        except BaseException:
+            self.close()
+            raise
+
+    def _hear_hello(self) -> None:
+        """Learn who is there, and open the other connections."""
+        self._line = handshake.receive_line(self.output, "its banner", self.banner_timeout_s)
+        if self._line != handshake.HELLO:
+            self.zeroes = False
+            if self._parts:
+                raise UsageError(_ONE_CONNECTION)
+            return
+        self._answer(self._sock, self._parts[0] if self._parts else None)
+        for part in self._parts[1:]:
+            self._socks.append(self._address.connect())
+            line = handshake.receive_line(
+                self._socks[-1].fileno(), "its banner", self.banner_timeout_s
+            )
+            if line != handshake.HELLO:
+                raise StorageError(f"the other end: expected its greeting, found {line[:100]!r}")
+            self._answer(self._socks[-1], part)
+        self._inputs = [sock.fileno() for sock in self._socks]
+
+    def _answer(self, sock: socket.socket, part: Part | None) -> None:
+        options = dict(self._options) | ({"part": str(part)} if part else {})
+        try:
+            sock.sendall(json.dumps(options).encode() + b"\n")
+        except OSError as e:
+            raise ConnectionLost(f"cannot send the options: {e.strerror}") from e
 
     def channel(self, compress_level: int | None, bandwidth: float | None) -> Channel:
         self._compresses = compress_level is not None
         return super().channel(compress_level, bandwidth)
 
     def greet(self) -> None:
-        line = handshake.receive_line(self.output, "its banner", self.banner_timeout_s)
-        if line == handshake.HELLO:
-            self._sock.sendall(json.dumps(dict(self._options)).encode() + b"\n")
+        if self.zeroes:
             super().greet()
             return
-        self.zeroes = False
-        self.expect_banner(line)
+        self.expect_banner(self._line)
         if self._compresses:
             raise UsageError(_NO_ZSTD)
 
     def said(self) -> str:
         """Return what came behind the last message."""
         if self._said is None:
-            with contextlib.suppress(OSError):
-                self._sock.shutdown(socket.SHUT_WR)
+            for sock in self._socks:
+                with contextlib.suppress(OSError):
+                    sock.shutdown(socket.SHUT_WR)
             self._said = _read_rest(self.output).decode(errors="replace")
             self.close()
         return self._said
 
     def close(self) -> None:
         super().close()
-        self._sock.close()
+        for sock in self._socks:
+            sock.close()
 
 
-def _arguments(options: Mapping[str, str]) -> list[str]:
-    given = [part for name, value in options.items() for part in (f"--{name}", value)]
-    return ["-q", "--progress", "none", "migrate-receive", *given, "--json"]
+def _arguments(options: Mapping[str, str], parts: Sequence[Part]) -> list[list[str]]:
+    """Return the command lines of the receiver, and of those that only bring it their input."""
+    given = [word for name, value in options.items() for word in (f"--{name}", value)]
+    command = ["-q", "--progress", "none", "migrate-receive", *given, "--json"]
+    if not parts:
+        return [command]
+    return [[*command, "--part", str(part)] for part in parts]
 
 
 def _read_rest(fd: int) -> bytes:

@@ -11,7 +11,7 @@ import json
 import os
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from types import TracebackType
 from typing import Any, Self
 
@@ -19,6 +19,7 @@ from xsave.errors import ConnectionLost, StorageError
 from xsave.host import handshake
 from xsave.host.pacing import PacedSink
 from xsave.host.sink import DescriptorSink, Sink
+from xsave.host.striping import StripingSink
 from xsave.image.buffers import Buffer, Zeros
 
 #: A receiver that takes nothing for so long is taken for gone: a link that is cut says nothing.
@@ -33,11 +34,15 @@ _SAMPLE_BYTES = 64 << 20
 class Channel:
     """What is written to the receiver: an image, compressed if asked to, and messages behind it.
 
-    No faster than bandwidth, in bytes a second on the wire.
+    No faster than bandwidth, in bytes a second on the wire. Over several descriptors it goes in
+    stripes.
     """
 
-    def __init__(self, fd: int, compress_level: int | None, bandwidth: float | None) -> None:
-        self._wire = DescriptorSink(os.dup(fd), "the receiving end", STALL_TIMEOUT_S)
+    def __init__(
+        self, fds: Sequence[int], compress_level: int | None, bandwidth: float | None
+    ) -> None:
+        wires = [DescriptorSink(os.dup(fd), "the receiving end", STALL_TIMEOUT_S) for fd in fds]
+        self._wire: Sink = wires[0] if len(wires) == 1 else StripingSink(wires)
         self._sink: Sink = self._wire if bandwidth is None else PacedSink(self._wire, bandwidth)
         self._compressing = None
         if compress_level is not None:
@@ -107,15 +112,15 @@ class Receiver:
     zeroes = True
     banner_timeout_s = 30.0
 
-    def __init__(self, input_fd: int, output_fd: int) -> None:
-        self._input = input_fd
+    def __init__(self, input_fds: Sequence[int], output_fd: int) -> None:
+        self._inputs = input_fds
         self.output = output_fd
         self._channel: Channel | None = None
         self._strange = False
 
     def channel(self, compress_level: int | None, bandwidth: float | None) -> Channel:
         """Return the way to it, the only one. Raises UsageError if it does not take zstd."""
-        self._channel = Channel(self._input, compress_level, bandwidth)
+        self._channel = Channel(self._inputs, compress_level, bandwidth)
         return self._channel
 
     def greet(self) -> None:
