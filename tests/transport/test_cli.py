@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import pty
+import select
 import signal
+import sys
+from pathlib import Path
 
 import pytest
 
-from tests.conftest import Xsave
+from tests.conftest import ROOT, Xsave
 from tests.flows.flow import MIB, create, nothing_is_left, runs_on, state, wait_for, wait_for_tick
+from tests.flows.live import migrate_live
+from xsave.host import receivers
 from xsave.host.host import Host
+from xsave.host.receivers import SshReceiver
+from xsave.progress import Round
 
 
 @pytest.fixture
@@ -157,3 +167,71 @@ def test_another_host_there(xsave, host, far, far_home, far_options):
         Xsave(far_home).ok("host", "add", "second", "--memory", "64M")
     xsave.ok("migrate", "g", "--to", "far2")
     runs_on(Host(far_home / "hosts" / "second"))
+
+
+def on_a_terminal(*arguments):
+    """Run a command with a terminal of its own; return (pid, the terminal's other end)."""
+    pid, terminal = pty.fork()
+    if not pid:
+        os.chdir(ROOT)
+        os.execv(sys.executable, [sys.executable, "-m", "xsave", *arguments])
+    return pid, terminal
+
+
+def test_ctrl_c_on_a_terminal(xsave, host, far, ssh_path, tmp_path):
+    """On a terminal ssh shares it, so that it can ask, and gets its Ctrl-C, too: it must not end
+    of that. The guest runs on here, with nothing left there."""
+    told = tmp_path / "told"
+    script = (ssh_path / "ssh").read_text().replace("exec", f'echo "$@" >> {told}\nexec', 1)
+    (ssh_path / "ssh").write_text(script)
+    create(host, memory_bytes=16 * MIB, cmdline="touch=1M write=2M rate=20M")
+    wait_for_tick(host)
+    pid, terminal = on_a_terminal(
+        "migrate", "g", "--to", "far", "--bandwidth", "1M", "--downtime", "1"
+    )
+    wait_for(lambda: any(record.building for record in far.records()))
+    ssh = wait_for(lambda: children_of(pid))
+    os.write(terminal, b"\x03")
+    (status,) = wait_for(lambda: ended(pid, terminal))
+    os.close(terminal)
+    assert os.waitstatus_to_exitcode(status) == 130
+    assert ssh
+    assert "BatchMode" not in told.read_text()
+    runs_on(host)
+    wait_for(lambda: not far.records())
+    nothing_is_left(far)
+
+
+def children_of(pid):
+    return Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+
+
+def ended(pid, terminal):
+    """Read what the command says, so that it can go on; its status once it has ended."""
+    if select.select([terminal], [], [], 0.05)[0]:
+        with contextlib.suppress(OSError):
+            os.read(terminal, 1 << 16)
+    found, status = os.waitpid(pid, os.WNOHANG)
+    return [status] if found else []
+
+
+def test_ssh_outlives_ctrl_c(xsave, host, far, by_ssh, monkeypatch):
+    """SIGINT to the ssh that shares a terminal does nothing: who is asked to stop is the sender."""
+    monkeypatch.setattr(receivers, "can_ask", lambda: True)
+    create(host, memory_bytes=16 * MIB, cmdline="touch=1M write=2M rate=20M")
+    wait_for_tick(host)
+    pids = []
+    begin = SshReceiver.__init__
+
+    def begin_and_tell(self, *arguments):
+        begin(self, *arguments)
+        pids.append(self.pid)
+
+    monkeypatch.setattr(SshReceiver, "__init__", begin_and_tell)
+
+    def report(event):
+        if isinstance(event, Round):
+            os.kill(pids[0], signal.SIGINT)
+
+    migrate_live(host, by_ssh, report=report)
+    runs_on(far)
