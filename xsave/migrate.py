@@ -17,6 +17,7 @@ an explicit word resumes it, whatever becomes of this process:
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 
@@ -30,8 +31,9 @@ from xsave.errors import (
 )
 from xsave.guest.xen.domctl import DomainInfo, Domctl
 from xsave.host import handshake
-from xsave.host.channel import open_source
+from xsave.host.channel import open_joined, open_source
 from xsave.host.host import Host
+from xsave.host.receivers import Target, connect
 from xsave.host.transport import Channel, Receiver, measured_bandwidth
 from xsave.live import LiveWriter
 from xsave.precopy import CANCEL, Limits
@@ -40,10 +42,11 @@ from xsave.restore import MakeDomain, Source, restore
 from xsave.rounds import DryRun, Precopy, dry_run
 from xsave.save import Writer
 
-BANNER_TIMEOUT_S = 30.0
 #: From the last byte of the image to the receiver's READY: page tables, vCPUs.
 READY_TIMEOUT_S = 120.0
 REPORT_TIMEOUT_S = 60.0
+#: A link that is cut says nothing to the receiver. Longer than a guest may take to suspend.
+SILENCE_TIMEOUT_S = 600.0
 INCOMING_SUFFIX = "--incoming"
 
 
@@ -60,6 +63,7 @@ class Options:
     compress_level: int | None = None
     cpu_mismatch: str = "refuse"
     dirty_log: str = "auto"
+    nr_connections: int = 1
 
 
 @dataclass(frozen=True)
@@ -85,21 +89,22 @@ class MigrateResult:
 
 def migrate(
     domctl: Domctl,
-    target: Host,
+    target: Target,
     options: Options | None = None,
     *,
     report: Report = ignore,
 ) -> MigrateResult:
-    """Move the guest to the host `target`.
+    """Move the guest to `target`, a host or whatever takes a migration.
 
     Raises MigrationCancelled, SuspendFailed, StorageError (the guest runs on here),
     HandoverUndecided.
     """
-    if target.directory == domctl.machine.directory:
+    if isinstance(target, Host) and target.directory == domctl.machine.directory:
         raise UsageError(f"the domain is on host {target.name} already")
     started = time.monotonic_ns()
     options = options or Options()
-    with Receiver(target, options.cpu_mismatch) as receiver:
+    chosen = {"cpu-mismatch": options.cpu_mismatch}
+    with connect(target, chosen, options.nr_connections) as receiver:
         result = Sender(domctl, receiver, options, report).run()
     result = replace(result, total_ns=time.monotonic_ns() - started)
     seconds = result.total_ns / 1e9
@@ -144,9 +149,7 @@ class Sender:
         channel = self._receiver.channel(self._options.compress_level, self._options.bandwidth)
         try:
             self._stage("connect")
-            handshake.expect(
-                self._receiver.output, handshake.BANNER, "its banner", BANNER_TIMEOUT_S
-            )
+            self._receiver.greet()
             writer = self._send_live(channel) if live else self._send_image(channel)
             channel.flush()
             self._stage("hand over")
@@ -222,12 +225,10 @@ class Sender:
 
     def _explain(self, error: BaseException) -> None:
         """Raise the error, with what the receiver said if it is the one that failed."""
-        if isinstance(error, StorageError) and (complaint := self._receiver.complaint()):
-            reason = complaint.removeprefix("xsave: error: ")
-            raise StorageError(
-                f"migration failed, the guest goes on here: the receiving end said: {reason}"
-            ) from error
-        raise error
+        if not isinstance(error, StorageError):
+            raise error
+        reason = self._receiver.complaint() or error
+        raise StorageError(f"migration failed, the guest goes on here: {reason}") from error
 
     def _go(self, channel: Channel) -> bytes:
         """Send GO; return the status byte. From here on only the receiver knows."""
@@ -258,16 +259,13 @@ class Sender:
             raise self._undecided(e) from e
         self._domctl.resume()
         self._explain(
-            StorageError(
-                f"the receiving end could not start its copy (status {status[0]}); the guest "
-                "goes on here"
-            )
+            StorageError(f"the receiving end could not start its copy (status {status[0]})")
         )
 
 
 def receive(
     make_domain: MakeDomain,
-    channel: str,
+    channel: str | Sequence[int],
     output: int,
     *,
     nr_frames: int,
@@ -275,14 +273,20 @@ def receive(
     paused: bool = False,
     report: Report = ignore,
 ) -> tuple[DomainInfo, int]:
-    """The far end: take an image from `channel` ("-": stdin), start its guest at the sender's GO.
+    """The far end: take an image from `channel` ("-": stdin; or the descriptors of several
+    connections), start its guest at the sender's GO.
 
     Return what runs now, and the guest's wall clock when it began to. Messages go to the
     descriptor `output`. Raises what restore raises, and ConnectionLost
     without a go-ahead; nothing is left here then.
     """
     handshake.send(output, handshake.BANNER, "the banner")  # the sender waits for it
-    with open_source(channel) as source:
+    opened = (
+        open_source(channel, SILENCE_TIMEOUT_S)
+        if isinstance(channel, str)
+        else open_joined(channel, SILENCE_TIMEOUT_S)
+    )
+    with opened as source:
         return _take(make_domain, source, output, nr_frames, cpu_mismatch, paused, report)
 
 

@@ -148,11 +148,15 @@ def _data_extents(fd: int, position: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 class StreamSource(Source):
-    """A pipe, socket, terminal or device: read forward, in reads of at least 256 KiB."""
+    """A pipe, socket, terminal or device: read forward, in reads of at least 256 KiB.
 
-    def __init__(self, fd: int, name: str) -> None:
+    timeout_s: how long nothing at all may come.
+    """
+
+    def __init__(self, fd: int, name: str, timeout_s: float | None = None) -> None:
         super().__init__(name)
         self._fd = fd
+        self._timeout_s = timeout_s
         self._ahead = memoryview(b"")
 
     def read(self, n: int) -> memoryview:
@@ -187,12 +191,18 @@ class StreamSource(Source):
 
     def _readinto(self, buffer: memoryview) -> int:
         while True:
+            if self._timeout_s is not None:
+                self._wait(self._timeout_s)
             try:
                 return os.readv(self._fd, [buffer])
             except BlockingIOError:
                 select.select([self._fd], [], [])
             except OSError as error:
                 storage_error(error, self.name, "read")
+
+    def _wait(self, timeout_s: float) -> None:
+        if not select.select([self._fd], [], [], timeout_s)[0]:
+            raise StorageError(f"{self.name}: nothing has come for {timeout_s:g} s", path=self.name)
 
     def close(self) -> None:
         """Close the descriptor."""
@@ -201,8 +211,8 @@ class StreamSource(Source):
             self._fd = -1
 
 
-def open_raw(path: str) -> FileSource | StreamSource:
-    """Return the source of the bytes of this path, compressed or not."""
+def open_raw(path: str, timeout_s: float | None = None) -> FileSource | StreamSource:
+    """Return the source of the bytes of this path, compressed or not; see StreamSource."""
     name = "standard input" if path == "-" else path
     try:
         fd = os.dup(0) if path == "-" else os.open(path, os.O_RDONLY | os.O_CLOEXEC)
@@ -210,7 +220,9 @@ def open_raw(path: str) -> FileSource | StreamSource:
         if stat.S_ISDIR(mode):
             os.close(fd)
             raise StorageError(f"cannot read {name}: it is a directory", path=name)
-        return FileSource(fd, name) if stat.S_ISREG(mode) else StreamSource(fd, name)
+        if stat.S_ISREG(mode):
+            return FileSource(fd, name)
+        return StreamSource(fd, name, timeout_s)
     except OSError as error:
         storage_error(error, name, "read")
     except ValueError as error:  # a NUL in the name
