@@ -92,6 +92,12 @@ def has_data(types: np.ndarray) -> np.ndarray:
     return found
 
 
+def is_known(types: np.ndarray) -> np.ndarray:
+    """Return which of these page types (u8, below 16) the format knows: bool, same shape."""
+    found: np.ndarray = _IS_KNOWN[types]
+    return found
+
+
 def page_data_header(
     pfns: np.ndarray,
     types: np.ndarray,
