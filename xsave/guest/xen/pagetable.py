@@ -72,6 +72,11 @@ def fix_descriptor(descriptor: int) -> int | None:
     return None if descriptor >> 40 & 15 else descriptor
 
 
+def _targets(entries: np.ndarray) -> np.ndarray:
+    """Return the mfns that entries name, i64: indices of another type cost twice as much."""
+    return ((entries & np.uint64(PTE_FRAME_MASK)) >> np.uint64(PAGE_SHIFT)).view(np.int64)
+
+
 class PageTables:
     """The types and counts of one domain's frames, and the only way to change its tables.
 
@@ -203,7 +208,7 @@ class PageTables:
         entries = rows[present]
         if not entries.size:
             return 0
-        targets = (entries & np.uint64(PTE_FRAME_MASK)) >> np.uint64(PAGE_SHIFT)
+        targets = _targets(entries)
         if rc := self._l1_refusal(entries, targets):
             return rc
         writable = targets[(entries & PTE_RW) != 0]
@@ -220,7 +225,7 @@ class PageTables:
         flags = (entries & np.uint64(_DISALLOWED[PGT_L1])) != 0
         beyond = targets >= self.nr_frames
         if beyond.any():
-            targets = np.where(beyond, np.uint64(0), targets)
+            targets = np.where(beyond, 0, targets)
         strange = (m.owner[targets] != self.domid) | (m.page_type[targets] == PGT_XEN)
         busy = (m.page_type[targets] != PGT_WRITABLE) & (m.type_count[targets] != 0)
         busy &= (entries & PTE_RW) != 0
@@ -258,7 +263,7 @@ class PageTables:
         m = self.machine
         entries = m.mem[mfn]
         entries = entries[(entries & PTE_PRESENT) != 0]
-        targets = (entries & np.uint64(PTE_FRAME_MASK)) >> np.uint64(PAGE_SHIFT)
+        targets = _targets(entries)
         writable = targets[(entries & PTE_RW) != 0]
         np.subtract.at(m.refs, targets, _ONE)
         np.subtract.at(m.type_count, writable, _ONE)
