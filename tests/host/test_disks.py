@@ -203,7 +203,7 @@ class Write:
 def slow(path):
     """(disk, image, device, a function that waits for one piece of work and hands it back)."""
     woken = threading.Semaphore(0)
-    disk = AttachedDisk(spec(path), woken.release)
+    disk = AttachedDisk(spec(path), woken.release, lambda _buffers: True)
     disk._image = image = SlowImage()
     disk.device = Device()
 

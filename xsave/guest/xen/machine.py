@@ -164,7 +164,7 @@ class Machine:
             if mfns is None:
                 raise OutOfFrames(wanted=nr, free=int(np.count_nonzero(free)), host=self.name)
             self.header[1] += np.uint64(1)
-            self.owner[mfns] = domid
+            self.owner[mfns.view(np.int64)] = domid
         return mfns
 
     def write_frames(self, mfns: np.ndarray, pages: np.ndarray, rows: np.ndarray) -> None:
