@@ -259,9 +259,12 @@ def _pick_shuffled(free: np.ndarray, nr: int, seed: np.ndarray) -> np.ndarray | 
     running = np.cumsum(per_chunk[order])
     if nr > running[-1]:
         return None
-    order = order[: int(np.searchsorted(running, nr)) + 1]
+    last = int(np.searchsorted(running, nr))
+    order = order[: last + 1]
     frames = (order[:, None] * CHUNK_FRAMES + _shuffled_chunks(keys[order])).reshape(-1)
-    return frames[padded[frames]][:nr].astype(np.uint64)
+    if running[last] != frames.size:  # some are not free
+        frames = frames[padded[frames]]
+    return frames[:nr].view(np.uint64)
 
 
 def _shuffled_chunks(keys: np.ndarray) -> np.ndarray:

@@ -211,17 +211,28 @@ class PageTables:
         targets = _targets(entries)
         if rc := self._l1_refusal(entries, targets):
             return rc
-        writable = targets[(entries & PTE_RW) != 0]
+        common = int(np.bitwise_and.reduce(entries))
+        writable = targets if common & PTE_RW else targets[(entries & PTE_RW) != 0]
         np.add.at(m.type_count, writable, _ONE)
         m.page_type[writable] = PGT_WRITABLE
         np.add.at(m.refs, targets, _ONE)
-        rows[present] = entries | np.uint64(PTE_USER)
-        m.mem[mfns] = rows
+        if not common & PTE_USER:  # of a restored guest all have it
+            rows[present] = entries | np.uint64(PTE_USER)
+            m.mem[mfns] = rows
         return 0
 
     def _l1_refusal(self, entries: np.ndarray, targets: np.ndarray) -> int:
         """Return why the first of these L1 entries (n,) that is wrong is so, 0 if all are right."""
         m = self.machine
+        some = int(np.bitwise_or.reduce(entries))
+        if not some & _DISALLOWED[PGT_L1] and targets.max() < self.nr_frames:  # as good as always
+            types = m.page_type.take(targets)
+            busy = (types != PGT_WRITABLE) & (m.type_count.take(targets) != 0)
+            busy &= (entries & PTE_RW) != 0
+            busy |= types == PGT_XEN
+            busy |= m.owner.take(targets) != self.domid
+            if not busy.any():
+                return 0
         flags = (entries & np.uint64(_DISALLOWED[PGT_L1])) != 0
         beyond = targets >= self.nr_frames
         if beyond.any():
