@@ -113,6 +113,12 @@ class Hypervisor(GuestCpu):
         if self.powered:
             self.cpu.interrupt(self._code_pages())
 
+    def cut_off(self) -> None:
+        """From another thread, for good: no hypercall does anything any more, and the guest stops
+        at its next crossing."""
+        self.table = {}
+        self.kick()
+
     def _code_pages(self) -> Iterator[int]:
         """Machine addresses of what the guest executes: rip's page and the one behind it."""
         rip = self.cpu.linear_rip

@@ -177,7 +177,7 @@ class Machine:
             if mfns is None:
                 raise OutOfFrames(wanted=nr, free=int(np.count_nonzero(free)), host=self.name)
             self.header[1] += np.uint64(1)
-            self.owner[mfns] = domid
+            self.owner[mfns.view(np.int64)] = domid
         return mfns
 
     def write_frames(self, mfns: np.ndarray, pages: np.ndarray, rows: np.ndarray) -> None:
@@ -272,9 +272,12 @@ def _pick_shuffled(free: np.ndarray, nr: int, seed: np.ndarray) -> np.ndarray | 
     running = np.cumsum(per_chunk[order])
     if nr > running[-1]:
         return None
-    order = order[: int(np.searchsorted(running, nr)) + 1]
+    last = int(np.searchsorted(running, nr))
+    order = order[: last + 1]
     frames = (order[:, None] * CHUNK_FRAMES + _shuffled_chunks(keys[order])).reshape(-1)
-    return frames[padded[frames]][:nr].astype(np.uint64)
+    if running[last] != frames.size:  # some are not free
+        frames = frames[padded[frames]]
+    return frames[:nr].view(np.uint64)
 
 
 def _shuffled_chunks(keys: np.ndarray) -> np.ndarray:

@@ -73,6 +73,11 @@ def fix_descriptor(descriptor: int) -> int | None:
     return None if descriptor >> 40 & 15 else descriptor
 
 
+def _targets(entries: np.ndarray) -> np.ndarray:
+    """Return the mfns that entries name, i64: indices of another type cost twice as much."""
+    return ((entries & np.uint64(PTE_FRAME_MASK)) >> np.uint64(PAGE_SHIFT)).view(np.int64)
+
+
 class PageTables:
     """The types and counts of one domain's frames, and the only way to change its tables.
 
@@ -219,24 +224,35 @@ class PageTables:
         entries = rows[present]
         if not entries.size:
             return 0
-        targets = (entries & np.uint64(PTE_FRAME_MASK)) >> np.uint64(PAGE_SHIFT)
+        targets = _targets(entries)
         if rc := self._l1_refusal(entries, targets):
             return rc
-        writable = targets[(entries & PTE_RW) != 0]
+        common = int(np.bitwise_and.reduce(entries))
+        writable = targets if common & PTE_RW else targets[(entries & PTE_RW) != 0]
         np.add.at(m.type_count, writable, _ONE)
         m.page_type[writable] = PGT_WRITABLE
         np.add.at(m.refs, targets, _ONE)
-        rows[present] = entries | np.uint64(PTE_USER)
-        m.mem[mfns] = rows
+        if not common & PTE_USER:  # of a restored guest all have it
+            rows[present] = entries | np.uint64(PTE_USER)
+            m.mem[mfns] = rows
         return 0
 
     def _l1_refusal(self, entries: np.ndarray, targets: np.ndarray) -> int:
         """Return why the first of these L1 entries (n,) that is wrong is so, 0 if all are right."""
         m = self.machine
+        some = int(np.bitwise_or.reduce(entries))
+        if not some & _DISALLOWED[PGT_L1] and targets.max() < self.nr_frames:  # as good as always
+            types = m.page_type.take(targets)
+            busy = (types != PGT_WRITABLE) & (m.type_count.take(targets) != 0)
+            busy &= (entries & PTE_RW) != 0
+            busy |= types == PGT_XEN
+            busy |= m.owner.take(targets) != self.domid
+            if not busy.any():
+                return 0
         flags = (entries & np.uint64(_DISALLOWED[PGT_L1])) != 0
         beyond = targets >= self.nr_frames
         if beyond.any():
-            targets = np.where(beyond, np.uint64(0), targets)
+            targets = np.where(beyond, 0, targets)
         strange = (m.owner[targets] != self.domid) | (m.page_type[targets] == PGT_XEN)
         busy = (m.page_type[targets] != PGT_WRITABLE) & (m.type_count[targets] != 0)
         busy &= (entries & PTE_RW) != 0
@@ -274,7 +290,7 @@ class PageTables:
         m = self.machine
         entries = m.mem[mfn]
         entries = entries[(entries & PTE_PRESENT) != 0]
-        targets = (entries & np.uint64(PTE_FRAME_MASK)) >> np.uint64(PAGE_SHIFT)
+        targets = _targets(entries)
         writable = targets[(entries & PTE_RW) != 0]
         np.subtract.at(m.refs, targets, _ONE)
         np.subtract.at(m.type_count, writable, _ONE)
