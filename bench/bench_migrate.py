@@ -3,8 +3,8 @@
     python bench/bench_migrate.py [--memory 256M,1G] [--rounds 5] [--tmpfs DIR] [--json FILE]
 
 A built-in guest moves to and fro between two hosts, idle, writing a little, writing a lot; live with
-both ways to log its writes, compressed, and suspended first (--no-live), the peer of the same run:
-what it takes without the rounds. Every migration is the command as people run it. README.md says
+both ways to log its writes, compressed, through a real sshd on loopback, and suspended first
+(--no-live), the peer of the same run: what it takes without the rounds. Every migration is the command as people run it. README.md says
 more.
 """
 
@@ -25,6 +25,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from tests.transport.sshd import Sshd, far_command
+
 XSAVE = [sys.executable, "-m", "xsave", "-q"]
 WRITERS = {
     "idle": "threads=0",
@@ -35,9 +37,13 @@ CASES = {
     "live": ([], {}),
     "live, compare": ([], {"XSAVE_DIRTY_LOG": "compare"}),
     "live, zstd": (["--compress"], {}),
+    "live, ssh": ([], {}),
     "no live": (["--no-live"], {}),
+    "no live, ssh": (["--no-live"], {}),
 }
 PEER = "no live"
+#: Cases that go to a host through ssh: "far-" and its name.
+SSH_CASES = ("live, ssh", "no live, ssh")
 DOMAIN = "bench"
 #: What the guest's pattern fills, as a part of its memory.
 _TOUCHED = 4
@@ -51,17 +57,34 @@ def main() -> None:
     os.environ |= {"XSAVE_HOME": home, "PYTHONPATH": str(ROOT)}
     os.environ["PYTHONPYCACHEPREFIX"] = f"{home}/pycache"  # compiled, as pip leaves it
     results: list[dict[str, Any]] = []
+    sshd = None if options.no_ssh else start_sshd(Path(home) / "sshd")
+    if sshd is None:
+        for case in SSH_CASES:
+            del CASES[case]
     try:
         for memory in options.memory.split(","):
             for host in ("a", "b"):
-                run("host", "add", host + memory, "--memory", f"{mebibytes(memory) + 512}M")
+                name = host + memory
+                run("host", "add", name, "--memory", f"{mebibytes(memory) + 512}M")
+                if sshd:
+                    far = ["--ssh", "far", "--command", far_command(home), "--remote-host", name]
+                    run("host", "add", f"far-{name}", *far)
             for writer in options.writers.split(","):
                 results += measure(memory, writer, options.rounds)
     finally:
+        if sshd:
+            sshd.stop()
         subprocess.run([*XSAVE, "--host", "a", "list"], check=False, capture_output=True)
         shutil.rmtree(home, ignore_errors=True)
     if options.json:
         Path(options.json).write_text(json.dumps(results, indent=2) + "\n")
+
+
+def start_sshd(directory: Path) -> Sshd:
+    """Start a server on loopback, and have `ssh far` lead to it."""
+    sshd = Sshd(directory)
+    os.environ["PATH"] = f"{sshd.bin}:{os.environ['PATH']}"
+    return sshd
 
 
 def mebibytes(size: str) -> int:
@@ -93,8 +116,9 @@ def measure(memory: str, writer: str, rounds: int) -> list[dict[str, Any]]:
     for _ in range(rounds):
         for case, (flags, environment) in CASES.items():
             full = nonempty_bytes(here)
+            to = f"far-{there}" if case in SSH_CASES else there
             said = run(
-                "--host", here, "migrate", DOMAIN, "--to", there, "--json", *flags, **environment
+                "--host", here, "migrate", DOMAIN, "--to", to, "--json", *flags, **environment
             )
             here, there = there, here
             found[case].append(json.loads(said.splitlines()[-1]) | {"nonempty_bytes": full})
@@ -158,6 +182,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--memory", default="256M,1G", help="sizes, with commas (256M,1G)")
     parser.add_argument("--writers", default=",".join(WRITERS), help="idle,light,heavy")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--no-ssh", action="store_true", help="leave the rows with sshd out")
     parser.add_argument("--tmpfs", default="/dev/shm")
     parser.add_argument("--json", help="write everything measured to this file")
     return parser.parse_args()

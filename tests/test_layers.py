@@ -30,6 +30,7 @@ LAYERS = {
         "xsave.console",
         "xsave.save",
         "xsave.restore",
+        "xsave.lazy",
         "xsave.migrate",
         "xsave.receive",
         "xsave.precopy",
@@ -65,10 +66,11 @@ LAYERS = {
     "xsave.gathering": FLOW,
     "xsave.restore": FLOW
     | {"xsave.guest.xen.cpuid", "xsave.p2m", "xsave.parts", "xsave.placing", "xsave.settling"}
-    | {"xsave.domconfig"},
+    | {"xsave.domconfig", "xsave.lazy"},
     "xsave.domconfig": {"xsave.image"},
     "xsave.parts": {"xsave.image"},
     "xsave.placing": FLOW,
+    "xsave.lazy": FLOW | {"xsave.placing", "xsave.guest.xen.outstanding"},
     "xsave.settling": FLOW | {"xsave.parts", "xsave.placing"},
     "xsave.p2m": {"xsave.canonical", "xsave.guest.xen.domctl"},
     "xsave.compare": {"xsave.canonical", "xsave.p2m", "xsave.guest.xen.domctl"},

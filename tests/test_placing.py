@@ -30,7 +30,11 @@ class StandIn:
         pages = np.zeros((NR_FRAMES, PAGE_SIZE), np.uint8)
         m2p = np.full(NR_FRAMES, INVALID_P2M_ENTRY, np.uint64)
         self.machine = SimpleNamespace(
-            pages=pages, m2p=m2p, free=self.given_back.extend, write_frames=self.write_frames
+            pages=pages,
+            mem=pages.view(np.uint64),
+            m2p=m2p,
+            free=self.given_back.extend,
+            write_frames=self.write_frames,
         )
 
     def write_frames(self, mfns, pages, rows):
@@ -143,9 +147,8 @@ def test_tables_are_there_first(records):
         memory.place(batch(values), None, 0)
         for pfn, value in values:
             expected[pfn] = value
-    pfns = memory.table_pfns()
-    assert pfns.tolist() == sorted(pfn for pfn, value in expected.items() if value in TABLES)
-    last = domctl.machine.pages[memory.p2m[pfns].astype(np.intp), -1]
+    pfns = np.array(sorted(pfn for pfn, v in expected.items() if v in TABLES), np.intp)
+    last = memory.read_tables(pfns).view(np.uint8)[:, -1]
     assert last.tolist() == [expected[pfn] for pfn in pfns.tolist()]
     memory.complete()
 

@@ -40,13 +40,14 @@ COMMANDS = {
     "save": "flows:save",
     "restore": "flows:restore",
     "migrate": "migration:migrate",
-    "migrate-receive": "migration:migrate_receive",
+    "migrate-receive": "receiving:migrate_receive",
     "host": "host:host",
     "image": "image:image",
     "demo": "demo:demo",
     "torture": "torture:torture",
 }
 _INTERRUPTED = 130
+_REST = "xsave.rest"
 _DEBUG_VARIABLE = "XSAVE_DEBUG"
 _COMPLETE_VARIABLE = "_XSAVE_COMPLETE"
 
@@ -65,6 +66,13 @@ class Cli(click.Group):
             importlib.import_module(f"xsave.commands.{module}"), attribute
         )
         return command
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """Note the command line behind our own options: it may be run on another machine."""
+        ctx.meta[_REST] = list(args)
+        return super().resolve_command(ctx, args)
 
     def main(self, args: Sequence[str] | None = None, *_: Any, **__: Any) -> NoReturn:
         """Run and exit, whatever click's own main would have done with the error."""
@@ -97,7 +105,10 @@ def cli(ctx: click.Context, host: str, quiet: bool, verbose: bool, progress: str
     """Save, restore and migrate Xen PV guests, in Xen's own formats, without a Xen host."""
     if quiet and verbose:
         raise UsageError("--quiet and --verbose exclude each other")
-    ctx.obj = Settings(host, quiet, verbose, progress)
+    ctx.obj = settings = Settings(host, quiet, verbose, progress)
+    status = settings.send_away(str(ctx.invoked_subcommand), ctx.meta[_REST])
+    if status is not None:
+        ctx.exit(status)
 
 
 def run(group: click.Group, args: list[str]) -> int:

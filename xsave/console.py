@@ -20,6 +20,7 @@ from xsave.errors import StorageError
 from xsave.progress import Decided, Event, Finished, Pages, Report, Round, Stage, ignore
 
 PAGE_SIZE = 4096
+ERROR_PREFIX = "xsave: error: "
 
 
 def emit_json(obj: object, *, stderr: bool = False) -> None:
@@ -64,7 +65,7 @@ def error(message: str) -> None:
     """Report why the command failed, in one line; a stderr that is gone does not matter."""
     one_line = " ".join(message.split("\n"))
     with suppress(OSError, StorageError):
-        _write(sys.stderr, f"xsave: error: {one_line}\n")
+        _write(sys.stderr, f"{ERROR_PREFIX}{one_line}\n")
 
 
 @contextmanager

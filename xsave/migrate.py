@@ -30,20 +30,18 @@ from xsave.errors import (
     XsaveError,
 )
 from xsave.guest.xen.domctl import Domctl
-from xsave.host import handshake
 from xsave.host.handover.journal import Journal, Journals, new_transaction
 from xsave.host.handover.recovery import LOST, MIGRATED, recover, undecided
 from xsave.host.handover.sender import HandingOver
 from xsave.host.handover.table import SOURCE, Step
 from xsave.host.host import Host
+from xsave.host.receivers import Target, connect
 from xsave.host.transport import Channel, Receiver, measured_bandwidth
 from xsave.live import LiveWriter
 from xsave.precopy import CANCEL, Limits
 from xsave.progress import Event, Finished, Report, Stage, ignore
 from xsave.rounds import DryRun, Precopy, dry_run
 from xsave.save import Writer
-
-BANNER_TIMEOUT_S = 30.0
 
 
 @dataclass(frozen=True)
@@ -59,6 +57,7 @@ class Options:
     compress_level: int | None = None
     cpu_mismatch: str = "refuse"
     dirty_log: str = "auto"
+    nr_connections: int = 1
 
 
 @dataclass(frozen=True)
@@ -84,25 +83,26 @@ class MigrateResult:
 
 def migrate(
     domctl: Domctl,
-    target: Host,
+    target: Target,
     options: Options | None = None,
     *,
     report: Report = ignore,
 ) -> MigrateResult:
-    """Move the guest to the host `target`.
+    """Move the guest to `target`, a host or whatever takes a migration.
 
     Raises MigrationCancelled, SuspendFailed, StorageError (the guest runs on here),
     HandoverUndecided.
     """
-    if target.directory == domctl.machine.directory:
+    if isinstance(target, Host) and target.directory == domctl.machine.directory:
         raise UsageError(f"the domain is on host {target.name} already")
     started = time.monotonic_ns()
     options = options or Options()
     journals, transaction = Journals(domctl.machine.directory), new_transaction()
+    chosen = {"cpu-mismatch": options.cpu_mismatch, "transaction": transaction}
     with journals.begin(SOURCE, transaction, domctl.name, target.name) as journal:
         journal.note(domid=domctl.domid)
         domctl.journal = str(journal.path)
-        with Receiver(target, options.cpu_mismatch, transaction) as receiver:
+        with connect(target, chosen, options.nr_connections) as receiver:
             result = Sender(domctl, journal, receiver, options, report).run()
     result = replace(result, total_ns=time.monotonic_ns() - started)
     seconds = result.total_ns / 1e9
@@ -154,9 +154,7 @@ class Sender:
         channel = self._receiver.channel(self._options.compress_level, self._options.bandwidth)
         try:
             self._stage("connect")
-            handshake.expect(
-                self._receiver.output, handshake.BANNER, "its banner", BANNER_TIMEOUT_S
-            )
+            self._receiver.greet()
             writer = self._send_live(channel) if live else self._send_image(channel)
             channel.flush()
             self._stage("hand over")
@@ -229,12 +227,10 @@ class Sender:
 
     def _explain(self, error: BaseException) -> None:
         """Raise the error, with what the receiver said if it is the one that failed."""
-        if isinstance(error, StorageError) and (complaint := self._receiver.complaint()):
-            reason = complaint.removeprefix("xsave: error: ")
-            raise StorageError(
-                f"migration failed, the guest goes on here: the receiving end said: {reason}"
-            ) from error
-        raise error
+        if not isinstance(error, StorageError):
+            raise error
+        reason = self._receiver.complaint() or error
+        raise StorageError(f"migration failed, the guest goes on here: {reason}") from error
 
     def _hand_over(self, channel: Channel) -> HandingOver:
         """Hand over; return when the guest is the target's. Raises what went wrong when it goes on
@@ -267,6 +263,4 @@ class Sender:
 
 
 def _could_not_start(status: bytes) -> StorageError:
-    return StorageError(
-        f"the receiving end could not start its copy (status {status[0]}); the guest goes on here"
-    )
+    return StorageError(f"the receiving end could not start its copy (status {status[0]})")

@@ -27,6 +27,7 @@ _MAX_WAITING_BYTES = 96 << 20
 #: Of a live migration hardly any: what waits here at the guest's suspend, the guest waits for.
 _MAX_WAITING_LIVE_BYTES = 4 << 20
 _INVALID = np.uint64(INVALID_P2M_ENTRY)
+NO_PFNS = np.empty(0, np.uint64)
 _XALLOC, _NOTAB = np.uint8(PageType.XALLOC), np.uint8(PageType.NOTAB)
 
 
@@ -58,16 +59,19 @@ class Memory:
                 expected=f"below {self.p2m.size:#x}",
                 found=f"{worst:#x}",
             )
-        # A page that came without bytes is an ordinary one; only where it is there counts.
-        self.types[batch.pfns] = np.where(batch.types == _XALLOC, _NOTAB, batch.types)
-        with_frame = (batch.types != PageType.XTAB) & (batch.types != PageType.BROKEN)
-        self.populate(batch.pfns[with_frame])
+        self.place_types(batch.pfns, batch.types)
         with_data = batch.pfns[has_data(batch.types)]
         where = np.arange(with_data.size, dtype=np.uint64) * np.uint64(PAGE_SIZE)
         self._offsets[with_data] = where + np.uint64(batch.pages_offset)
         if with_data.size:
             rows = self._rows_to_write(with_data, batch.pages, zero)
             self._write(with_data[rows], batch.pages, rows)
+
+    def place_types(self, pfns: np.ndarray, types: np.ndarray) -> None:
+        """Take the entries (n,) of records: whatever can be there gets a frame."""
+        # A page that came without bytes is an ordinary one; only where it is there counts.
+        self.types[pfns] = np.where(types == _XALLOC, _NOTAB, types)
+        self.populate(pfns[(types != PageType.XTAB) & (types != PageType.BROKEN)])
 
     def offset_of(self, pfn: int) -> int | None:
         """Return where in the image the page's bytes were, None if it came with none."""
@@ -78,11 +82,11 @@ class Memory:
         missing = pfns[self.p2m[pfns] == _INVALID]
         if missing.size == 0:
             return
-        if not _ascending(missing):
+        if not is_ascending(missing):
             missing = np.unique(missing)
         mfns = self._take(missing.size)
         self.p2m[missing] = mfns
-        self._machine.m2p[mfns] = missing
+        self._machine.m2p[mfns.view(np.int64)] = missing
         self.nr_populated += int(missing.size)
 
     def _take(self, nr: int) -> np.ndarray:
@@ -113,12 +117,17 @@ class Memory:
         self._queued = np.append(self._queued, np.zeros(more, bool))
         self._offsets = np.append(self._offsets, np.zeros(more, np.uint64))
 
-    def table_pfns(self) -> np.ndarray:
-        """Return the page tables' pfns, ascending, (n,) intp; all are in their frames then."""
-        pfns = np.flatnonzero(table_levels(self.types))
+    def read_tables(self, pfns: np.ndarray) -> np.ndarray:
+        """All records came: return the page tables at these pfns, ascending, as the
+        image has them, (n, 512) u64."""
         if self._queued[pfns].any():
-            self.complete()
-        return pfns
+            self._write_behind.finish()
+        tables: np.ndarray = self._machine.mem[self.p2m[pfns]]
+        return tables
+
+    def write_tables(self, pfns: np.ndarray, tables: np.ndarray) -> None:
+        """Put page tables (n, 512) into their frames."""
+        self._machine.mem[self.p2m[pfns]] = tables
 
     def drop_holes(self) -> None:
         """All records came: free the frames of pfns that had one and ended as holes (the guest
@@ -127,15 +136,22 @@ class Memory:
         if not holes.size:
             return
         if self._queued[holes].any():
-            self.complete()
+            self._write_behind.finish()
         self._machine.free(self.p2m[holes])
         self.p2m[holes] = _INVALID
         self._written[holes] = False
         self.nr_populated -= int(holes.size)
 
-    def complete(self) -> None:
-        """All pages came: have them in their frames when this returns."""
+    def have(self, pfns: np.ndarray) -> None:
+        """All records came: have these pages in their frames, to be looked at and changed."""
+
+    def complete(self, but: np.ndarray = NO_PFNS) -> None:
+        """All records came: have the pages in their frames when this returns. Those of these pfns
+        the caller writes anew."""
         self._write_behind.finish()
+
+    def serve(self) -> None:
+        """From here on the domain's process may look at any page."""
 
     def stop(self) -> None:
         """Have nothing write to the frames any more; they may go to another domain."""
@@ -151,7 +167,7 @@ class Memory:
     ) -> np.ndarray:
         """Return which rows of pages are not what the frames of their pfns hold already."""
         rows = np.arange(pfns.size)
-        if not _ascending(pfns):
+        if not is_ascending(pfns):
             rows = _last_of_each(pfns)
         rows = rows[_not_zero(pages, zero)[rows] | self._written[pfns[rows]]]
         self._written[pfns[rows]] = True
@@ -173,7 +189,7 @@ def table_levels(types: np.ndarray) -> np.ndarray:
     return np.where(types < PageType.BROKEN, types & 7, 0)
 
 
-def _ascending(pfns: np.ndarray) -> bool:
+def is_ascending(pfns: np.ndarray) -> bool:
     """True for what nearly every record has: no pfn twice, and no need to sort."""
     return bool((pfns[1:] > pfns[:-1]).all())
 

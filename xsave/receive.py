@@ -8,9 +8,8 @@ it belongs to the connection of this process: if that dies the copy goes, too.
 
 from __future__ import annotations
 
-import select
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -18,7 +17,7 @@ from typing import TYPE_CHECKING
 from xsave.errors import ConnectionLost, XsaveError
 from xsave.guest.xen.domctl import DomainInfo, Domctl
 from xsave.host import handshake
-from xsave.host.channel import open_source
+from xsave.host.channel import open_joined, open_source
 from xsave.host.handover.journal import Journal, Journals, new_transaction
 from xsave.host.handover.play import play
 from xsave.host.handover.table import RECEIVER, TARGET, Message, Step
@@ -29,9 +28,10 @@ if TYPE_CHECKING:
     from xsave.host.source import Source
 
 INCOMING_SUFFIX = "--incoming"
+#: A link that is cut says nothing. Longer than a guest may take to suspend.
+SILENCE_TIMEOUT_S = 600.0
 #: From READY to the go-ahead: until then the sender has its guest's disks written.
 GO_TIMEOUT_S = 300.0
-_STDIN = 0
 _MESSAGES = {
     Message.READY: (handshake.READY, "ready"),
     Message.STARTED: (handshake.REPORT + handshake.STATUS_OK, "the report"),
@@ -51,7 +51,7 @@ class Received:
 
 def receive(
     make_domain: MakeDomain,
-    channel: str,
+    channel: str | Sequence[int],
     output: int,
     journals: Journals,
     *,
@@ -60,7 +60,8 @@ def receive(
     cpu_mismatch: str = "refuse",
     report: Report = ignore,
 ) -> Received:
-    """Take an image from `channel` ("-": stdin), start its guest at the sender's GO.
+    """Take an image from `channel` ("-": stdin; or the descriptors of several connections), start
+    its guest at the sender's GO.
 
     Messages go to the descriptor `output`. transaction: the sender's, one of our own if it has
     none (xl). Raises what restore raises, and ConnectionLost without a go-ahead; nothing is left
@@ -70,7 +71,12 @@ def receive(
     with journals.begin(TARGET, transaction, "") as journal:
         try:
             handshake.send(output, handshake.BANNER, "the banner")  # the sender waits for it
-            with open_source(channel) as source:
+            opened = (
+                open_source(channel, SILENCE_TIMEOUT_S)
+                if isinstance(channel, str)
+                else open_joined(channel, SILENCE_TIMEOUT_S)
+            )
+            with opened as source:
                 taking = _Taking(make_domain, source, output, journal)
                 info = restore(
                     source,
@@ -137,10 +143,9 @@ class _Taking:
 
     def _wait(self) -> None:
         deadline = time.monotonic() + GO_TIMEOUT_S
-        while not self._source.ready():
+        while not self._source.ready(1.0):
             if time.monotonic() > deadline:
                 raise ConnectionLost(f"no go-ahead from the sender within {GO_TIMEOUT_S:g} s")
-            select.select([_STDIN], [], [], 1.0)
 
     def do(self, step: Step) -> None:
         domctl = self._domctl

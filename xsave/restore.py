@@ -22,8 +22,10 @@ from xsave.errors import HostCannotTake, ImageError, UsageError
 from xsave.guest.xen.cpuid import missing_features
 from xsave.guest.xen.domctl import DomainInfo, DomainState, Domctl
 from xsave.image import libxc, xl
+from xsave.image.pageindex import PageIndex
 from xsave.image.pages import PageBatch
 from xsave.image.stream import GO_MESSAGE, Item, StreamDecoder
+from xsave.lazy import Lazy, LazyMemory
 from xsave.p2m import largest
 from xsave.parts import Parts
 from xsave.placing import Memory
@@ -57,6 +59,7 @@ def restore(
     nr_frames: int,
     suffix: str = "",
     until_end: bool = True,
+    lazy: Lazy | None = None,
     start: Callable[[Domctl], DomainInfo] | None = None,
     report: Report = ignore,
 ) -> DomainInfo:
@@ -64,6 +67,8 @@ def restore(
 
     make_domain(name, nr_pages) starts an empty domain; nr_frames bounds what the image may ask
     for. disk_files are absolute paths, by vdev, in the place of those the image names.
+    lazy, of this very source: only an index of the pages is read, and the domain has them brought
+    when they are touched, or by and by; it starts at once. make_domain gives it lazy.descriptors.
     A migration takes the domain under its name with a suffix, does not look for the end of
     the input behind the image, and hands over in start, which lets the complete domain run.
     Raises ImageError, HostCannotTake, OutOfFrames, NameTaken, StorageError, UsageError.
@@ -71,7 +76,7 @@ def restore(
     started = time.monotonic()
     report(Stage("restore", "read"))
     reader = Reader(
-        source, make_domain, name, suffix, cpu_mismatch, disk_files or {}, nr_frames, report
+        source, make_domain, name, suffix, cpu_mismatch, disk_files or {}, nr_frames, report, lazy
     )
     try:
         domctl = reader.run(until_end)
@@ -101,8 +106,10 @@ class Reader:
         disk_files: Mapping[str, str],
         nr_frames: int,
         report: Report,
+        lazy: Lazy | None = None,
     ) -> None:
         self._source = source
+        self._lazy = lazy
         self._make_domain = make_domain
         self._name = name
         self._suffix = suffix
@@ -123,7 +130,8 @@ class Reader:
             self._domctl.abandon()
 
     def run(self, until_end: bool) -> Domctl:
-        decoder = StreamDecoder(self._source.read)
+        whole = None if self._lazy is None else self._lazy.image.whole
+        decoder = StreamDecoder(self._source.read, whole=whole)
         for item in decoder:
             handler = _HANDLERS.get(type(item.value))
             if handler:
@@ -246,7 +254,10 @@ class Reader:
             warm=bool(self._suffix),  # while pages come, the guest still runs there
             seed=config.seed,
         )
-        self._memory = Memory(self._domctl, p2m_size, live=bool(self._suffix))
+        if self._lazy is None:
+            self._memory = Memory(self._domctl, p2m_size, live=bool(self._suffix))
+        else:
+            self._memory = LazyMemory(self._domctl, p2m_size, self._lazy)
         if self._suffix:  # else a guest that is soon suspended would wait for the process to start
             self._domctl.wait_begun()
 
@@ -256,6 +267,15 @@ class Reader:
             raise ImageError("PAGE_DATA before X86_PV_P2M_FRAMES", offset=item.offset)
         zero = self._source.zero_pages(batch.pages_offset, len(batch.pages))
         self._memory.place(batch, zero, item.offset)
+        self._report_pages()
+
+    def _page_index(self, item: Item) -> None:
+        assert isinstance(self._memory, LazyMemory)  # only such a restore asks for indexes
+        self._memory.place_index(item.value)
+        self._report_pages()
+
+    def _report_pages(self) -> None:
+        assert self._memory is not None
         done, total = self._memory.nr_populated, self._memory.p2m.size
         self._report(Pages("restore", done, total, self._source.position, 0))
 
@@ -314,6 +334,7 @@ _HANDLERS: dict[type, Callable[[Reader, Item], None]] = {
     libxc.X86MsrPolicy: Reader._msr_policy,
     libxc.X86PvP2mFrames: Reader._p2m_frames,
     PageBatch: Reader._page_data,
+    PageIndex: Reader._page_index,
     libxc.X86TscInfo: Reader._tsc_info,
     libxc.SharedInfo: Reader._shared_info,
     libxc.X86PvVcpuBasic: Reader._vcpu,

@@ -8,7 +8,9 @@ Errors name the record's offset where one is to blame, else the pfn.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+from collections.abc import Iterator
 from typing import NoReturn
 
 import numpy as np
@@ -47,11 +49,13 @@ class Settler:
         self._localise_tables()
         self._domctl.wait_begun()  # its errors are no fault of the page tables
         self._memory.give_back_pool()
-        self._pin()
-        self._memory.complete()
+        with self._pinning():  # meanwhile:
+            assert self._parts.p2m_frames is not None  # Reader.run saw to it
+            self._memory.complete(self._parts.p2m_frames)
+            self._write_shared_info()
+            self._write_p2m()
+        self._memory.serve()
         contexts = {vcpu_id: self._context(vcpu_id) for vcpu_id in sorted(self._parts.vcpus)}
-        self._write_shared_info()
-        self._write_p2m()
         registers = contexts[0].user_regs
         self._write_start_info(registers.rdx)
         registers.rdx, registers.rax = self._mfn(registers.rdx), 0
@@ -62,10 +66,11 @@ class Settler:
     # -- page tables ---
 
     def _localise_tables(self) -> None:
-        memory, machine = self._memory, self._machine
+        memory = self._memory
         memory.drop_holes()
-        levels, pfns = table_levels(memory.types), memory.table_pfns()
-        tables = machine.mem[memory.p2m[pfns]]
+        levels = table_levels(memory.types)
+        pfns = np.flatnonzero(levels)
+        tables = memory.read_tables(pfns)
         targets = named_pfns(tables)
         if (targets >= np.uint64(memory.p2m.size)).any():
             self._refuse_outside(tables, pfns)
@@ -74,7 +79,7 @@ class Settler:
         named = np.zeros(memory.p2m.size, bool)
         named[targets] = True
         memory.populate(np.flatnonzero(named))
-        machine.mem[memory.p2m[pfns]] = localise(tables, memory.p2m)
+        memory.write_tables(pfns, localise(tables, memory.p2m))
 
     def _refuse_outside(self, tables: np.ndarray, pfns: np.ndarray) -> NoReturn:
         """Name the first entry of the tables at pfns that leads out of the p2m."""
@@ -122,11 +127,21 @@ class Settler:
             found=found,
         )
 
-    def _pin(self) -> None:
+    @contextlib.contextmanager
+    def _pinning(self) -> Iterator[None]:
+        """The domain's process validates and pins the tables; what is wrong with them comes
+        before what is wrong elsewhere."""
         types = self._memory.types
         pinned = np.flatnonzero((types & TYPE_PIN != 0) & (types < PageType.BROKEN))
+        self._domctl.start_pin(self._memory.p2m[pinned], types[pinned] & 7)
         try:
-            self._domctl.pin(self._memory.p2m[pinned], types[pinned] & 7)
+            yield
+        finally:
+            self._end_pin()
+
+    def _end_pin(self) -> None:
+        try:
+            self._domctl.end_pin()
         except HostCannotTake as e:
             pfn = e.facts.get("pfn")
             offset = self._memory.offset_of(pfn) if isinstance(pfn, int) else None
@@ -173,7 +188,7 @@ class Settler:
 
     def _write_p2m(self) -> None:
         frames = self._parts.p2m_frames
-        assert frames is not None  # Reader.run saw to it
+        assert frames is not None
         plain = (self._memory.types[frames] == PageType.NOTAB) & (
             self._memory.p2m[frames] != _INVALID
         )
@@ -182,7 +197,8 @@ class Settler:
             self._require_plain(wrong, "a p2m page", self._parts.p2m_offset)
         pages = local_p2m(self._memory.p2m)
         self._require_shared_are_holes(frames, pages)
-        self._machine.mem[self._memory.p2m[frames]] = pages
+        pfns, rows = np.unique(frames, return_index=True)
+        self._machine.write_frames(self._memory.p2m[pfns], pages.view(np.uint8), rows)
 
     def _require_shared_are_holes(self, frames: np.ndarray, pages: np.ndarray) -> None:
         """One p2m page may stand for many ranges of pfns only where all are holes."""
@@ -197,6 +213,7 @@ class Settler:
 
     def _write_start_info(self, pfn: int) -> None:
         self._require_plain(pfn, "start_info (vCPU 0's rdx)", self._basic(0).offset)
+        self._memory.have(np.array([pfn]))
         page = self._machine.pages[self._mfn(pfn)]
         info = StartInfo.from_buffer_copy(page.tobytes())
         for ring, field in (("xenstore", "store_mfn"), ("console", "console_mfn")):

@@ -23,6 +23,7 @@ from xsave.host.channel import open_sink, open_source
 from xsave.host.spawn import spawn
 from xsave.image.buffers import reader
 from xsave.image.stream import StreamDecoder
+from xsave.lazy import Lazy
 from xsave.restore import restore as restore_flow
 from xsave.save import save as save_flow
 
@@ -46,15 +47,16 @@ def save(host, path, name="g", **options):
             raise
 
 
-def restore(host, path, **options):
+def restore(host, path, *, lazy=False, **options):
     """Restore a domain from a file."""
 
     def make(name, nr_pages):
         host.check_room(nr_pages)
-        return spawn(host, name)
+        return spawn(host, name, lazy=share.descriptors if share else ())
 
-    with open_source(str(path)) as source:
-        return restore_flow(source, make, nr_frames=host.nr_frames, **options)
+    with open_source(str(path)) as source, contextlib.ExitStack() as stack:
+        share = stack.enter_context(Lazy(source, host.nr_frames)) if lazy else None
+        return restore_flow(source, make, nr_frames=host.nr_frames, lazy=share, **options)
 
 
 def destroy(host, name="g"):

@@ -25,6 +25,7 @@ def test_the_target_of_a_balloon_is_in_xenstore(xsave_home, tmp_path, target):
         directory=tmp_path,
         control=SimpleNamespace(console_output=print, resume_input=print),
         disk_done=print,
+        have=lambda _buffers: True,
         forget_code=print,
         forget_cpu=lambda: None,
     )

@@ -194,6 +194,9 @@ class Device:
 class Write:
     """A job."""
 
+    buffers = ()
+    failed = False
+
     def run(self, disk):
         with contextlib.suppress(OSError):
             disk.write(0, [])
@@ -203,7 +206,7 @@ class Write:
 def slow(path):
     """(disk, image, device, a function that waits for one piece of work and hands it back)."""
     woken = threading.Semaphore(0)
-    disk = AttachedDisk(spec(path), woken.release)
+    disk = AttachedDisk(spec(path), woken.release, lambda _buffers: True)
     disk._image = image = SlowImage()
     disk.device = Device()
 
@@ -218,7 +221,19 @@ def slow(path):
 
 def write(disk):
     disk.device.nr_in_flight += 1
-    disk._by_worker(Write())
+    disk._by_worker(job := Write())
+    return job
+
+
+def test_what_is_lost_is_not_written(slow):
+    """Bytes of a guest's memory that never came go to no disk; the request fails."""
+    disk, image, _, serve = slow
+    disk._have = lambda _buffers: False
+    job = write(disk)
+    serve()
+    assert job.failed
+    assert "write" not in image.log
+    image.gate.set()
 
 
 def test_a_suspend_waits_for_the_disk(slow):

@@ -42,6 +42,7 @@ class Scene:
             paused=False,
             holding=self.holds,
             throttle=Throttle(),
+            filling=SimpleNamespace(active=False, lost=""),
         )
         self.operations = Operations(self.running)
         self.operations._building.committed = True

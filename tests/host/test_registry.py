@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pathlib
 import shutil
+import subprocess
 
 import pytest
 
@@ -70,3 +71,22 @@ def test_a_host_survives_a_registration_that_is_killed(xsave_home, monkeypatch, 
     next_domid, _, lock = localhost.register("second")
     os.close(lock)
     assert next_domid > domid
+
+
+def test_a_file_system_too_small_for_a_host(xsave, tmp_path, monkeypatch):
+    """7, with what is needed and what there is; nothing is left. A smaller host fits."""
+    home = tmp_path / "small"
+    home.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=12m", "tmpfs", home]
+    if subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("mounting a tmpfs needs root")
+    monkeypatch.setenv("XSAVE_HOME", str(home))
+    try:
+        result = xsave("list")
+        assert result.code == 7
+        assert "a machine of 8192 MiB need 21 MiB and there are 12 MiB left" in result.err
+        assert list((home / "hosts").iterdir()) == []
+        xsave.ok("host", "add", "localhost", "--memory", "4G")
+        assert xsave("list").code == 0
+    finally:
+        subprocess.run(["umount", "-l", home], check=True)

@@ -22,7 +22,7 @@ from tests.realxen.packages import Packages, Unavailable, xen_packages
 MODULES = (
     *("xen-evtchn", "xen-gntdev", "xen-gntalloc", "xen-privcmd", "xenfs", "virtio_ring", "virtio"),
     *("virtio_pci_legacy_dev", "virtio_pci_modern_dev", "virtio_pci"),
-    *("netfs", "fscache", "9pnet", "9pnet_virtio", "9p"),
+    *("netfs", "fscache", "9pnet", "9pnet_virtio", "9p", "virtio_console"),
 )
 _UNWANTED = ("usr/share", "usr/lib/debug", "boot", "usr/lib/xen-*/boot", "etc/init.d")
 _SOURCES = ("dom0.py", "dom0-init", "packages.py")

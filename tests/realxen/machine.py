@@ -14,6 +14,8 @@ from pathlib import Path
 BOOT_TIMEOUT_S = 300
 SCRIPT_TIMEOUT_S = 240
 _POLL_S = 0.05
+#: For a script's redirections: whatever number dom0's kernel gave the port.
+PORT = '"$(echo /dev/vport*)"'
 #: What every script may use: the console of a domain, and waiting for one of its ticks.
 _PRELUDE = r"""
 log() { echo /run/console/guest-$1.log; }
@@ -39,6 +41,8 @@ class RealXen:
         for part in ("in", "out"):
             (self.share / part).mkdir(parents=True)
         self._log = directory / "serial.log"
+        #: A way into dom0 and out: a unix socket here, PORT there.
+        self.socket = directory / "port"
         self._numbers = itertools.count(1)
         xen = "xen console=com1 com1=115200,8n1 dom0_mem=1200M,max:1200M dom0_max_vcpus=1"
         linux = "console=hvc0 rdinit=/init quiet mitigations=off nokaslr"
@@ -48,6 +52,8 @@ class RealXen:
             "-display", "none", "-no-reboot", "-serial", f"file:{self._log}",
             "-fsdev", f"local,id=h,path={self.share},security_model=none",
             "-device", "virtio-9p-pci,fsdev=h,mount_tag=host",
+            "-chardev", f"socket,id=p,path={self.socket},server=on,wait=off",
+            "-device", "virtio-serial-pci", "-device", "virtserialport,chardev=p",
             "-kernel", f"{boot}/xen", "-append", f"{xen} no-real-mode noreboot=1",
             "-initrd", f"{boot}/vmlinux {linux},{boot}/initrd",
         ]  # fmt: skip

@@ -76,3 +76,16 @@ def test_from_the_real_sender(journey, kind):
     journey.create_there(kind, 1)
     journey.restore_here(journey.migrate_there())
     journey.save_here()
+
+
+@pytest.mark.parametrize("kind", ["builtin", "linux"], indirect=True)
+def test_live_to_the_real_receiver(journey, kind):
+    """`xsave migrate --to xl:...`: while the guest runs and counts, its memory goes to the real
+    `xl migrate-receive` in rounds; no tick is missed or said twice. Then back, as an image."""
+    journey.create_here(kind, 1)
+    journey.ticked_here()
+    events = journey.migrate_to_there()
+    assert events[-1]["outcome"] == "migrated"
+    assert events[-1]["nr_rounds"] >= 2
+    journey.restore_here(journey.save_there())
+    journey.save_here()

@@ -6,13 +6,18 @@ one by one, whoever runs it, and the hash of its memory stays the same.
 
 from __future__ import annotations
 
+import json
 import re
+import shlex
+import subprocess
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
+from tests.realxen.machine import PORT
 from xsave.host.create import BUILTIN_KERNEL
 from xsave.host.handshake import GO
 
@@ -86,8 +91,11 @@ class Journey:
 
     def _went_on(self, text):
         assert "CHECK FAILED" not in text and "PANIC" not in text, text[-2000:]
+        assert len(tick_lines(text)) >= TICKS, text[-2000:]
+        self._note(text)
+
+    def _note(self, text):
         new = tick_lines(text)
-        assert len(new) >= TICKS, text[-2000:]
         self.ticks += [tick for tick in new if not self.ticks or tick[0] > self.ticks[-1][0]]
         self.check()
 
@@ -103,13 +111,17 @@ class Journey:
     def restore_here(self, image):
         self._xsave.ok("restore", image)
 
-    def save_here(self):
-        """Let it tick, save it, check the image; return its path."""
-        image = self._image()
+    def ticked_here(self):
+        """Let it tick."""
         deadline = time.monotonic() + WAIT_S
         while len(tick_lines(self._console())) < TICKS:
             assert time.monotonic() < deadline, self._console()[-2000:]
             time.sleep(0.2)
+
+    def save_here(self):
+        """Let it tick, save it, check the image; return its path."""
+        image = self._image()
+        self.ticked_here()
         self._xsave.ok("save", "-p", self.name, image)
         self._went_on(self._console())
         self._xsave.ok("destroy", self.name)
@@ -161,6 +173,36 @@ class Journey:
             f"cd /run/console && mv guest-{self.name}--incoming.log guest-{self.name}.log || true"
         )
         return (self._xen.share / "said").read_bytes()
+
+    def migrate_to_there(self):
+        """Migrate it live from xsave to the real `xl migrate-receive`, which is at the other end of
+        a two-way port; return the answer of `xsave migrate`."""
+        mark = self._xen.share / "connected"
+        mark.unlink(missing_ok=True)
+        console = self._xsave.start("console", self.name, stdin=subprocess.PIPE)
+        console.stdout.readline()  # attached: from here on it misses nothing
+        self._went_on(self._console())
+        bridge = shlex.join(
+            [
+                sys.executable,
+                str(Path(__file__).with_name("bridge.py")),
+                str(self._xen.socket),
+                str(mark),
+            ]
+        )
+        options = ("--downtime", 1000, "--timeout", 60, "--json")
+        migration = self._xsave.start("migrate", self.name, "--to", f"xl:{bridge}", *options)
+        status, there = self._xen.run(
+            f"rm -f /run/console/guest-{self.name}*.log\n"
+            "until [ -e /host/connected ]; do sleep 0.1; done; sleep 1\n"
+            f"xl migrate-receive <>{PORT} >&0 2>/host/said\n"
+            "status=$?; cat /host/said; cd /run/console\n"
+            f"mv guest-{self.name}--incoming.log guest-{self.name}.log; exit $status"
+        )
+        out, err = migration.communicate(timeout=WAIT_S)
+        assert (migration.returncode, status) == (0, 0), err.decode() + there
+        self._note(console.communicate(timeout=WAIT_S)[0].decode(errors="replace"))
+        return [json.loads(line) for line in out.splitlines()]
 
     def migrate_there(self):
         """Migrate it live from the real Xen to itself; return what was sent. Skips where the

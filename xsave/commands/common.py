@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -12,7 +13,7 @@ import click
 from click.shell_completion import CompletionItem
 
 from xsave import console
-from xsave.errors import StorageError, XsaveError
+from xsave.errors import StorageError, UsageError, XsaveError
 from xsave.progress import Report
 
 if TYPE_CHECKING:
@@ -23,13 +24,18 @@ if TYPE_CHECKING:
 _F = TypeVar("_F", bound=Callable[..., Any])
 
 
+DEFAULT_HOST = "localhost"
+#: Commands that do not work on the chosen host.
+NO_HOST = ("host", "image", "demo", "torture")
+
+
 @dataclass
 class Settings:
     """The options before the command. `stdout_is_data`: the command writes an image there.
 
     failure: what a command that answers in lines adds to the last one if it fails."""
 
-    host: str = "localhost"
+    host: str = DEFAULT_HOST
     quiet: bool = False
     verbose: bool = False
     progress_mode: str = "auto"
@@ -41,6 +47,25 @@ class Settings:
         from xsave.host.host import open_host
 
         return open_host(self.host)
+
+    def send_away(self, command: str, arguments: Sequence[str]) -> int | None:
+        """Run a command where the chosen host is, if that is another machine, and return its exit
+        code; None if it is ours to do. Raises UsageError, ConnectionLost."""
+        if self.host == DEFAULT_HOST or command in NO_HOST:
+            return None
+        from xsave.host.ssh import find_ssh_host, run_there
+
+        if not (there := find_ssh_host(self.host)):
+            return None
+        if command == "migrate":
+            raise UsageError(
+                f"host {self.host} is on another machine, whose hosts `--to` would mean: "
+                "run `xsave migrate` there"
+            )
+        switches = ["-q"] * self.quiet + ["-v"] * self.verbose
+        terminal = command == "console" and sys.stdin.isatty() and sys.stdout.isatty()
+        given = [*switches, "--progress", self.progress_mode, *arguments]
+        return run_there(there, given, terminal=terminal)
 
     def prestart(self) -> WaitingProcess:
         """Start the process of a domain to come, before anything else is even imported."""
@@ -125,9 +150,11 @@ class HostName(click.ParamType):  # type: ignore[type-arg]
         self, ctx: click.Context, param: click.Parameter, incomplete: str
     ) -> list[CompletionItem]:
         from xsave.host.host import list_hosts
+        from xsave.host.ssh import list_ssh_hosts
 
         try:
             names = [host.name for host in list_hosts()]
+            names += [host.name for host in list_ssh_hosts()]
         except XsaveError:
             return []
         return [CompletionItem(name) for name in names if name.startswith(incomplete)]

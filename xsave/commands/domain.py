@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from typing import TYPE_CHECKING
 
 import click
 
 from xsave import console
 from xsave.commands.common import DOMAIN, Settings, json_option, pass_settings
+from xsave.errors import StorageError, XsaveError
 
 if TYPE_CHECKING:
     from xsave.guest.xen.domctl import DomainInfo
@@ -26,10 +27,33 @@ def list_domains(settings: Settings, everywhere: bool, as_json: bool) -> None:
 
     hosts = list_hosts() if everywhere else [settings.open_host()]
     domains = [domain for host in hosts for domain in host.domains()]
+    failures = add_those_elsewhere(domains) if everywhere else []
     if as_json:
         console.emit_json([asdict(domain) for domain in domains])
     else:
         console.table("", COLUMNS, [row(domain) for domain in domains])
+    if failures:
+        settings.stdout_is_data = True  # the answer is there
+        raise StorageError("; ".join(failures))
+
+
+def add_those_elsewhere(domains: list[DomainInfo]) -> list[str]:
+    """Add the domains of hosts on other machines, which have our names for them here; return
+    what went wrong."""
+    from xsave.guest.xen.domctl import DomainInfo
+    from xsave.host.asking import ask
+    from xsave.host.ssh import list_ssh_hosts
+
+    failures = []
+    known = {field.name for field in fields(DomainInfo)}
+    for host in list_ssh_hosts():
+        try:
+            for found in ask(host, ["list"]):
+                facts = {key: value for key, value in found.items() if key in known}
+                domains.append(DomainInfo(**facts | {"host": host.name}))
+        except (XsaveError, TypeError, AttributeError) as e:
+            failures.append(str(e))
+    return failures
 
 
 def row(domain: DomainInfo) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
     from xsave.guest.xen.domctl import Domctl
     from xsave.host.host import Host
     from xsave.host.prestart import WaitingProcess
+    from xsave.host.source import Source
+    from xsave.lazy import Lazy
 
 STDIO = "-"
 STDOUT_NAMES = (STDIO, "/dev/stdout", "/dev/fd/1", "/proc/self/fd/1")
@@ -88,6 +91,7 @@ def leave_as(running: bool, paused: bool) -> str:
 @click.argument("file", metavar="FILE|-", type=click.Path(allow_dash=True))
 @click.option("--name", metavar="NAME", help="The domain's name (default: the image's).")
 @click.option("-p", "--paused", is_flag=True, help="Leave the domain paused.")
+@click.option("--lazy", is_flag=True, help="Start at once; bring the memory when it is touched.")
 @click.option(
     "--disk",
     "disks",
@@ -103,6 +107,7 @@ def restore(
     file: str,
     name: str | None,
     paused: bool,
+    lazy: bool,
     disks: tuple[str, ...],
     cpu_mismatch: str,
     as_json: bool,
@@ -110,6 +115,9 @@ def restore(
     """Continue the guest of an image, on fresh frames; zstd is recognised.
 
     After any failure nothing is left of the new domain.
+
+    With --lazy the image must stay as it is until all of it has come (removing it does no harm).
+    If it cannot be read then, the guest is lost; the image is not.
     """
     files = disk_files(disks)
     with settings.prestart() as process:
@@ -117,18 +125,33 @@ def restore(
         from xsave.host.channel import open_source
 
         host = settings.open_host()
-        with open_source(file) as source, settings.progress() as report:
+        with open_source(file) as source, ExitStack() as stack, settings.progress() as report:
+            share = stack.enter_context(lazily(source, host.nr_frames)) if lazy else None
             info = verb.restore(
                 source,
-                domain_maker(host, process),
+                domain_maker(host, process, share.descriptors if share else ()),
                 name=name,
                 paused=paused,
                 cpu_mismatch=cpu_mismatch,
                 disk_files=files,
                 nr_frames=host.nr_frames,
+                lazy=share,
                 report=report,
             )
     settings.answer(as_json, asdict(info), f"{info.name}: domain {info.domid}, {info.state}")
+
+
+def lazily(source: Source, nr_frames: int) -> Lazy:
+    """Return what a lazy restore from this source takes. Raises UsageError: it cannot be one."""
+    from xsave.host.source import FileSource
+    from xsave.lazy import Lazy
+
+    if not isinstance(source, FileSource):
+        raise UsageError(
+            f"{source.name} cannot be restored lazily: that takes a plain file, neither compressed "
+            "nor a pipe (zstd -d --sparse makes one)"
+        )
+    return Lazy(source, nr_frames)
 
 
 def disk_files(texts: Sequence[str]) -> dict[str, str]:
@@ -144,14 +167,16 @@ def disk_files(texts: Sequence[str]) -> dict[str, str]:
     return files
 
 
-def domain_maker(host: Host, process: WaitingProcess | None = None) -> Callable[[str, int], Domctl]:
+def domain_maker(
+    host: Host, process: WaitingProcess | None = None, lazy: Sequence[int] = ()
+) -> Callable[[str, int], Domctl]:
     """Return what makes an empty domain of this host, given its name and pages.
 
-    process: one that waits for its domain already."""
+    process: one that waits for its domain already; lazy: see spawn()."""
     from xsave.host.spawn import spawn
 
     def make(name: str, nr_pages: int) -> Domctl:
         host.check_room(nr_pages)
-        return spawn(host, name, process)
+        return spawn(host, name, process, lazy)
 
     return make

@@ -1,9 +1,8 @@
-"""migrate, migrate-receive: a running domain moves to another host."""
+"""migrate: a running domain moves to another host."""
 
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Callable
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
@@ -14,9 +13,7 @@ from xsave import console
 from xsave.commands.common import DOMAIN, HOST, SIZE, Settings, json_option, pass_settings
 from xsave.commands.flows import (
     DEFAULT_COMPRESS_LEVEL,
-    STDIO,
     cpu_mismatch_option,
-    domain_maker,
 )
 from xsave.errors import HandoverUndecided, MigrationCancelled, NotFound, UsageError
 from xsave.progress import Event, Pages, Report
@@ -30,6 +27,8 @@ if TYPE_CHECKING:
 DIRTY_LOG_VARIABLE = "XSAVE_DIRTY_LOG"
 #: Of precopy.py, which a command that only parses need not import; a test compares.
 DOWNTIME_MS, TIMEOUT_S = 300, 120
+#: Of host/striping.py; likewise.
+MAX_CONNECTIONS = 16
 _OUTCOMES: tuple[tuple[type[BaseException], str], ...] = (
     (MigrationCancelled, "cancelled"),
     (HandoverUndecided, "undecided"),
@@ -40,7 +39,13 @@ ENDINGS = ("stop-and-copy", "cancel")
 
 @click.command()
 @click.argument("name", type=DOMAIN, required=False)
-@click.option("--to", "target", type=HOST, help="The host to move to.")
+@click.option(
+    "--to",
+    "target",
+    type=HOST,
+    metavar="HOST",
+    help="The host to move to, or tcp:HOST:PORT, unix:PATH, xl:COMMAND.",
+)
 @click.option("--no-live", is_flag=True, help="Suspend first, then copy.")
 @click.option(
     "--downtime",
@@ -67,6 +72,13 @@ ENDINGS = ("stop-and-copy", "cancel")
 )
 @click.option("--auto-converge", is_flag=True, help="Throttle a guest that writes too fast.")
 @click.option("--bandwidth", type=SIZE, metavar="RATE", help="Bytes a second, at most (100M).")
+@click.option(
+    "--connections",
+    type=click.IntRange(1, MAX_CONNECTIONS),
+    metavar="N",
+    default=1,
+    help=f"Send over so many connections at once (1 to {MAX_CONNECTIONS}, 1).",
+)
 @click.option("--compress", is_flag=True, help="Send zstd.")
 @click.option(
     "--compress-level",
@@ -98,12 +110,12 @@ def migrate(settings: Settings, /, name: str | None, target: str | None, **optio
     if target is None:
         raise click.UsageError("Missing option '--to'.")
     from xsave import migrate as verb
-    from xsave.host.host import open_host
+    from xsave.host.receivers import open_target
 
     as_json, chosen = options["as_json"], read_options(options)
     if options["no_live"] and options["dry_run"]:
         raise UsageError("--no-live and --dry-run exclude each other")
-    destination = open_host(target)
+    destination = open_target(target)
     with settings.find(name or only_domain(settings)) as domctl:
         if options["dry_run"]:
             planned = verb.estimate(domctl, chosen)
@@ -142,6 +154,7 @@ def read_options(options: dict[str, Any]) -> Options:
         compress_level=level,
         cpu_mismatch=options["cpu_mismatch"],
         dirty_log=dirty_log,
+        nr_connections=options["connections"],
     )
 
 
@@ -218,38 +231,3 @@ def only_domain(settings: Settings) -> str:
     if len(names) > 1:
         raise UsageError(f"host {settings.host} runs {len(names)}: say which ({', '.join(names)})")
     return names[0]
-
-
-@click.command("migrate-receive")
-@click.option("--transaction", metavar="ID", help="The migration's id (default: a new one).")
-@cpu_mismatch_option
-@json_option
-@pass_settings
-def migrate_receive(
-    settings: Settings, transaction: str | None, cpu_mismatch: str, as_json: bool
-) -> None:
-    """The far end of a migration: a stream on stdin, answers on stdout."""
-    settings.stdout_is_data = True
-    with settings.prestart() as process:
-        from xsave import receive as verb
-        from xsave.host.handover.journal import Journals
-
-        host = settings.open_host()
-        make_domain = domain_maker(host, process)
-        with settings.progress() as report:
-            received = verb.receive(
-                make_domain,
-                STDIO,
-                sys.stdout.fileno(),
-                Journals(host.directory),
-                transaction=transaction,
-                cpu_mismatch=cpu_mismatch,
-                nr_frames=host.nr_frames,
-                report=report,
-            )
-    info = received.info
-    answer = asdict(info) | {
-        "resumed_ns": received.resumed_ns,
-        "transaction": received.transaction,
-    }
-    settings.answer(as_json, answer, f"{info.name}: received as domain {info.domid}")

@@ -67,7 +67,8 @@ class Building:
             raise HostCannotTake(f"{nr_vcpus} vCPUs: expected 1 to {XEN_LEGACY_MAX_VCPUS}")
         self.builder = request.client
         running.builtin = bool(arguments.get("builtin"))
-        running.disks = Disks(from_json(arguments.get("disks", [])), running.disk_done)
+        specs = from_json(arguments.get("disks", []))
+        running.disks = Disks(specs, running.disk_done, running.have)
         if arguments.get("disks_later"):
             running.disks.check()
         else:
@@ -165,6 +166,7 @@ class Building:
         boot = bootconfig.read(self._config)
         running, old = self._running, self._running.domain
         running.disks.unplug()
+        running.end_filling()
         running.machine.free_domain(running.domid)
         running.builtin = boot.builtin
         max_pages = boot.max_memory_bytes // PAGE_SIZE
@@ -241,9 +243,19 @@ class Building:
             "console_port": domain.connect_console(console),
         }, b""
 
+    def op_fill(self, _request: Request) -> Answer:
+        """Lazy restore: from here on pages are brought as they are touched."""
+        domain, filling = self._unbuilt(), self._running.filling
+        filling.start()
+        domain.before_free = filling.settle
+        return {}, b""
+
     def op_commit(self, _request: Request) -> Answer:
         self._unbuilt()
+        if self._running.filling.lost:
+            raise StorageError(f"the guest's memory cannot be read: {self._running.filling.lost}")
         self.committed = True
+        self._running.filling.go()
         write_record(self._running.directory, name=self._running.name)
         return {}, b""
 

@@ -20,21 +20,37 @@ from xsave.errors import StorageError
 from xsave.host.oserror import BrokenPipe, storage_error
 
 if TYPE_CHECKING:
-    from xsave.host.sink import Sink
-    from xsave.host.source import Source
+    from collections.abc import Sequence
 
-__all__ = ["BrokenPipe", "open_sink", "open_source"]
+    from xsave.host.sink import Sink
+    from xsave.host.source import FileSource, Source, StreamSource
+
+__all__ = ["BrokenPipe", "open_joined", "open_sink", "open_source"]
 
 _OWN_DESCRIPTOR = re.compile(r"/(?:dev|proc/self)/fd/(\d{1,6})")
 _STANDARD = {"-": 1, "/dev/stdout": 1, "/dev/stderr": 2}
 
 
-def open_source(path: str) -> Source:
-    """Return the source of this path ("-": standard input), decompressed if it is zstd."""
+def open_source(path: str, timeout_s: float | None = None) -> Source:
+    """Return the source of this path ("-": standard input), decompressed if it is zstd.
+
+    timeout_s: for how long a pipe or socket may be silent, for ever if None."""
     from xsave.host.source import open_raw
+
+    return _decompressed(open_raw(path, timeout_s))
+
+
+def open_joined(fds: Sequence[int], timeout_s: float | None = None) -> Source:
+    """Return the source of what comes in stripes over several descriptors (striping.py), which
+    are its own from then on; decompressed if it is zstd."""
+    from xsave.host.striping import StripedSource
+
+    return _decompressed(StripedSource(fds, "the connections", timeout_s))
+
+
+def _decompressed(raw: FileSource | StreamSource) -> Source:
     from xsave.image.zstdseek import MAGIC
 
-    raw = open_raw(path)
     if bytes(raw.peek(len(MAGIC))) != MAGIC:
         return raw
     from xsave.host.compression import ZstdSource

@@ -73,9 +73,9 @@ class ZstdSource(Source):
         part, self._rest = self._rest[:n], self._rest[n:]
         return part
 
-    def ready(self) -> bool:
-        """Return whether something has come; of a frame, perhaps not all."""
-        return bool(self._rest) or bool(self._pending) or self._raw.ready()
+    def ready(self, wait_s: float = 0.0) -> bool:
+        """Return whether something comes within the time; of a frame, perhaps not all."""
+        return bool(self._rest) or bool(self._pending) or self._raw.ready(wait_s)
 
     def zero_pages(self, offset: int, nr_pages: int) -> np.ndarray | None:
         """Return which pages lie wholly in frames of zeros; only of what was read last."""

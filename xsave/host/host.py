@@ -9,7 +9,6 @@ import contextlib
 import fcntl
 import json
 import os
-import re
 import shutil
 import time
 from collections.abc import Iterator
@@ -35,41 +34,39 @@ from xsave.host.capabilities import capabilities
 from xsave.host.registry import (
     DomainRecord,
     alive,
+    check_name,
     connect_socket,
     ending,
     replace_text,
     write_record,
 )
+from xsave.host.ssh import find_ssh_host
 
 DEFAULT_HOST = "localhost"
 DEFAULT_MEMORY_BYTES = 8 << 30
-NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]{0,62}\Z")
 _DYING_WAIT_S = 10.0
 
 
-def check_name(name: str, what: str) -> None:
-    if not NAME_PATTERN.match(name):
-        raise UsageError(
-            f"{what} name {name!r}: expected a letter or digit, then letters, digits, _ . + -"
-        )
-
-
 def open_host(name: str = DEFAULT_HOST) -> Host:
-    """Return a host; localhost is made on first use. Raises NotFound."""
+    """Return a host of this machine; localhost is made on first use. Raises NotFound, and
+    UsageError for one that is reached through ssh."""
     directory = paths.hosts_directory() / name
     if not (directory / "host.json").exists():
         if name != DEFAULT_HOST:
             raise NotFound(f"no host named {name} (xsave host list shows them)")
         with contextlib.suppress(NameTaken):  # two first commands at the same time
             add_host(name)
+    if find_ssh_host(name):
+        raise UsageError(f"host {name} is on another machine: this is done there")
     return Host(directory)
 
 
 def list_hosts() -> list[Host]:
+    """Return the hosts of this machine, by name."""
     return [
         Host(directory)
         for directory in sorted(paths.hosts_directory().iterdir())
-        if (directory / "host.json").exists()
+        if (directory / "host.json").exists() and not find_ssh_host(directory.name)
     ]
 
 
@@ -77,12 +74,9 @@ def add_host(
     name: str,
     memory_bytes: int | None = None,
     seed: int | None = None,
-    ssh: str | None = None,
 ) -> Host:
     """Make a host with an empty machine. Raises NameTaken, UsageError, StorageError."""
     check_name(name, "host")
-    if ssh is not None:
-        raise UsageError("remote hosts over ssh are not there yet; only local ones")
     root = paths.hosts_directory()
     seed = int.from_bytes(os.urandom(6)) if seed is None else seed
     if seed < 0 or seed >= 1 << 63:
@@ -106,7 +100,11 @@ def add_host(
 
 
 def remove_host(name: str) -> None:
-    """Remove a host that runs nothing. Raises NotFound, GuestStateError."""
+    """Remove a host that runs nothing; forget one of another machine, which is not asked.
+    Raises NotFound, GuestStateError."""
+    if find_ssh_host(name):
+        shutil.rmtree(paths.hosts_directory() / name)
+        return
     host = open_host(name)
     with host.registry_lock():
         host.reap()
@@ -127,7 +125,6 @@ class Host:
             raise NotFound(f"no host named {directory.name}: {e}") from e
         self.name: str = record["name"]
         self.memory_bytes: int = record["memory_bytes"]
-        self.ssh: str | None = record.get("ssh")
         self.nr_frames = self.memory_bytes // PAGE_SIZE
 
     @cached_property

@@ -14,7 +14,14 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from xsave.errors import ConnectionLost, GuestStateError, NameTaken, UsageError, XsaveError
+from xsave.errors import (
+    ConnectionLost,
+    GuestStateError,
+    NameTaken,
+    StorageError,
+    UsageError,
+    XsaveError,
+)
 from xsave.guest.xen.domain import Domain
 from xsave.guest.xen.wire import error_message, send_message
 from xsave.host import host as hosts
@@ -33,6 +40,8 @@ _BUILDER_TIMEOUT_S = 30.0
 #: Requests that change what the guest does next: a deterministic guest gets them only while it
 #: stands still at its horizon, so that real time cannot matter.
 _AT_HORIZON = {"suspend", "shutdown", "target", "vcpus", "pause", "unpause"}
+#: Requests after which others read the domain's memory: they wait until all of it is there.
+_WITH_ALL_MEMORY = {"suspend", "logdirty"}
 
 Answer = tuple[dict[str, Any], bytes]
 
@@ -47,6 +56,8 @@ class Operations:
         self._dirtying = Dirtying(running)
         self._handover = HandoverRequests(running, self._building, self._suspension)
         self._give_up = time.monotonic() + _BUILDER_TIMEOUT_S
+        self._held: list[Request] = []
+        self._over = False
 
     @property
     def _domain(self) -> Domain:
@@ -63,9 +74,16 @@ class Operations:
     def serve(self) -> None:
         """Do all that is queued."""
         self._running.disks.serve()
+        if self.must_end():
+            self._lose()
+        if self._held and not self._running.filling.active:
+            self._running.control.put_back(self._held)
+            self._held = []
         later: list[Request] = []
         while request := self._running.control.next_request():
-            if request.op in _AT_HORIZON and self._must_wait():
+            if request.op in _WITH_ALL_MEMORY and self._running.filling.active:
+                self._hold(request)
+            elif request.op in _AT_HORIZON and self._must_wait():
                 later.append(request)
             else:
                 self._serve_one(request)
@@ -75,6 +93,24 @@ class Operations:
             self._suspension.check()
         elif self.deadline_s() == 0.0:
             self._running.finished = True
+
+    def _hold(self, request: Request) -> None:
+        """Its time comes when the memory is there."""
+        self._held.append(request)
+        if request.op == "suspend":
+            self._reply(request.client, {"event": "its memory is still coming"})
+
+    def must_end(self) -> bool:
+        """True if a part of the memory will never come and the guest has not been ended yet."""
+        return bool(self._running.filling.lost) and not self._over
+
+    def _lose(self) -> None:
+        """Whatever the guest did with the zeros it has found counts for nothing. It stays to be
+        looked at: what is to become of a guest that crashes was not meant for this."""
+        self._over = True
+        domain = self._running.domain
+        domain.shutdown_reason = None
+        domain.crash(f"a part of its memory was lost: {self._running.filling.lost}")
 
     def _must_wait(self) -> bool:
         if not self._running.built or self._running.paused:
@@ -117,6 +153,7 @@ class Operations:
 
     def _closed(self, client: Client) -> None:
         self._dirtying.closed(client)
+        self._held = [request for request in self._held if request.client is not client]
         if not self._handover.whole and self._building.builder in (None, client):
             self._handover.lost_builder()
         elif self._running.built:
@@ -125,7 +162,7 @@ class Operations:
     def after_run(self) -> None:
         """The guest stopped running for whatever reason: did it shut down?"""
         reason = self._domain.shutdown_reason
-        if reason is None or self._suspension.active:
+        if reason is None or self._suspension.active or self._running.filling.lost:
             return
         if reason == SHUTDOWN_SUSPEND:
             if not self._suspension.held:  # a late suspend, nobody waits any more
@@ -183,6 +220,8 @@ class Operations:
         domain = self._domain
         if self._suspension.active:
             raise GuestStateError("a save or migration of this domain is at work")
+        if self._running.filling.lost:
+            raise StorageError(f"the guest's memory was lost: {self._running.filling.lost}")
         if domain.shutdown_reason is not None and not self._suspension.held:
             raise GuestStateError(f"the domain is {self._state(domain)}")
         if not self._building.committed:

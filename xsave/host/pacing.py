@@ -30,7 +30,7 @@ class PacedSink(Sink):
     def write(self, buffers: Iterable[Buffer]) -> None:
         """Write the buffers, and sleep in between."""
         for buffer in buffers:
-            for piece in _pieces(buffer, self._piece):
+            for piece in cut(buffer, self._piece):
                 self._sink.write([piece])
                 self.position = self._sink.position
                 now = time.monotonic()
@@ -45,7 +45,7 @@ class PacedSink(Sink):
         self._sink.abort()
 
 
-def _pieces(buffer: Buffer, size: int) -> Iterator[Buffer]:
+def cut(buffer: Buffer, size: int) -> Iterator[Buffer]:
     """Cut a buffer into pieces of at most so many bytes (but no row of Rows)."""
     if isinstance(buffer, Zeros):
         for start in range(0, buffer.nbytes, size):

@@ -57,11 +57,12 @@ class WaitingProcess:
         self._sock.close()
 
 
-def receive_identity(fd: int, nr_descriptors: int) -> tuple[dict[str, Any], list[int]]:
-    """Wait, in the process, for what it is to become. Raises ConnectionLost: for nothing."""
+def receive_identity(fd: int, least: int, most: int) -> tuple[dict[str, Any], list[int]]:
+    """Wait, in the process, for what it is to become, and its descriptors. Raises ConnectionLost:
+    for nothing."""
     with socket.socket(fileno=fd) as sock:
-        message, descriptors, _, _ = socket.recv_fds(sock, _MAX_IDENTITY, nr_descriptors)
-    if not message or len(descriptors) != nr_descriptors:
+        message, descriptors, _, _ = socket.recv_fds(sock, _MAX_IDENTITY, most)
+    if not message or len(descriptors) < least:
         for descriptor in descriptors:
             with contextlib.suppress(OSError):
                 os.close(descriptor)

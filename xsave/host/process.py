@@ -3,7 +3,8 @@
     python -m xsave.host.process HOST_DIRECTORY FD
 
 It is started detached, waits at the socket FD until it is told its domain (prestart.py) and then
-has no descriptor but the listening socket, the locked `alive` file and its log. The vCPU loop
+has no descriptor but the listening socket, the locked `alive` file and its log; and, for a lazy
+restore, the image. The vCPU loop
 below is the only place that changes the domain; requests are done between two runs of the guest
 (operations.py), at once when it blocks.
 """
@@ -74,6 +75,7 @@ class DomainProcess:
             or self._another_waits()
             or self.running.disks.has_done()
             or self.running.throttle.rest_s() > 0.0
+            or self._operations.must_end()
         )
 
     def _another_waits(self) -> bool:
@@ -185,7 +187,7 @@ def main(arguments: list[str]) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        identity, descriptors = receive_identity(int(fd), 3)
+        identity, descriptors = receive_identity(int(fd), 3, 5)
     except ConnectionLost:
         return
     listener = socket.socket(fileno=descriptors[0])
@@ -194,7 +196,8 @@ def main(arguments: list[str]) -> None:
     host = hosts.Host(Path(host_directory))
     domid, name = identity["domid"], identity["name"]
     directory = host.directory / "domains" / str(domid)
-    running = RunningDomain(directory, host.machine, domid, name, Control(listener))
+    control, alive, lazy = Control(listener), descriptors[1], descriptors[3:]
+    running = RunningDomain(directory, host.machine, domid, name, control, alive, lazy)
     try:
         DomainProcess(running).serve()
     finally:

@@ -11,13 +11,24 @@ import contextlib
 import fcntl
 import json
 import os
+import re
 import socket
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from xsave.errors import ConnectionLost
+from xsave.errors import ConnectionLost, UsageError
+
+NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]{0,62}\Z")
+
+
+def check_name(name: str, what: str) -> None:
+    """Raise UsageError unless a host or a domain may have this name."""
+    if not NAME_PATTERN.match(name):
+        raise UsageError(
+            f"{what} name {name!r}: expected a letter or digit, then letters, digits, _ . + -"
+        )
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 from xsave.errors import GuestStateError
@@ -16,6 +17,7 @@ from xsave.guest.xen.machine import Machine
 from xsave.guest.xen.vcpu import Cpu
 from xsave.host.control import Control
 from xsave.host.disk.disks import Disks
+from xsave.host.filling import Filling
 from xsave.host.throttle import Throttle
 
 
@@ -27,15 +29,25 @@ class RunningDomain:
     """
 
     def __init__(
-        self, directory: Path, machine: Machine, domid: int, name: str, control: Control
+        self,
+        directory: Path,
+        machine: Machine,
+        domid: int,
+        name: str,
+        control: Control,
+        alive: int = -1,
+        lazy: Sequence[int] = (),
     ) -> None:
+        """alive, lazy: descriptors, as Filling has them."""
         self.directory = directory
         self.machine = machine
         self.domid = domid
         self.name = name
         self.control = control
         self.hypervisor: Hypervisor | None = None
-        self.disks = Disks([], self.disk_done)
+        self._alive = alive
+        self.filling = self._filling(lazy)
+        self.disks = Disks([], self.disk_done, self.have)
         self.throttle = Throttle()
         self._cpu: Cpu | None = None
         self.paused = True
@@ -57,6 +69,28 @@ class RunningDomain:
     def domain(self) -> Domain:
         """Raises GuestStateError before `begin`."""
         return self.xen.domain
+
+    # -- memory that is still to come ---
+
+    def _filling(self, lazy: Sequence[int]) -> Filling:
+        return Filling(self.machine, self._alive, lazy, self._filled, self._cut_off)
+
+    def _filled(self) -> None:
+        self.control.wake()
+
+    def _cut_off(self) -> None:
+        """The guest's memory is lost: it does nothing to the world any more."""
+        if self.hypervisor is not None:
+            self.hypervisor.cut_off()
+
+    def have(self, buffers: Sequence[memoryview]) -> bool:
+        """Filling.have, whichever it is by then."""
+        return self.filling.have(buffers)
+
+    def end_filling(self) -> None:
+        """The frames are about to be given back: no page comes any more."""
+        self.filling.stop()
+        self.filling = self._filling(())
 
     def warm_up(self) -> None:
         """Make the emulated CPU in advance: that takes 20 ms, and the guest's state is not needed
@@ -101,5 +135,6 @@ class RunningDomain:
             (self.directory / "dying").touch()
             (self.directory / "domain.json").unlink()  # before the rest, which takes a moment
         self.disks.close_quietly()
+        self.end_filling()
         self.machine.free_domain(self.domid)
         shutil.rmtree(self.directory, ignore_errors=True)

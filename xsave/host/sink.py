@@ -146,13 +146,19 @@ class FileSink(Sink):
 
 
 class DescriptorSink(Sink):
-    """A pipe, a device, standard output: written straight, closed by commit and abort."""
+    """A pipe, a device, standard output: written straight, closed by commit and abort.
+
+    timeout_s: for how long a pipe or socket may take nothing at all.
+    """
 
     wants_zeros = False
 
-    def __init__(self, fd: int, name: str) -> None:
+    def __init__(self, fd: int, name: str, timeout_s: float | None = None) -> None:
         super().__init__(name)
         self._fd = fd
+        self._timeout_s = timeout_s
+        if timeout_s is not None:
+            os.set_blocking(fd, False)
 
     def write(self, buffers: Iterable[Buffer]) -> None:
         """Append the buffers; zeros are written."""
@@ -168,7 +174,9 @@ class DescriptorSink(Sink):
             try:
                 written = write_vectors(self._fd, left)
             except BlockingIOError:
-                select.select([], [self._fd], [])
+                if not select.select([], [self._fd], [], self._timeout_s)[1]:
+                    message = f"{self.name} has taken nothing for {self._timeout_s:g} s"
+                    raise StorageError(message, path=self.name) from None
                 continue
             except OSError as error:
                 storage_error(error, self.name, "write")

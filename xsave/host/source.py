@@ -12,6 +12,7 @@ import mmap
 import os
 import select
 import stat
+from itertools import pairwise
 from types import TracebackType
 from typing import Self
 
@@ -44,9 +45,16 @@ class Source:
         """Return the first n bytes without consuming them; only before the first `read`."""
         raise NotImplementedError
 
-    def ready(self) -> bool:
-        """Return False if a `read` would have to wait for the other end."""
+    def ready(self, wait_s: float = 0.0) -> bool:
+        """Return False if a `read` would have to wait for the other end for longer."""
         return True
+
+    @property
+    def whole(self) -> memoryview | None:
+        """The whole image in memory, nothing of it touched; None if it only comes as it is read.
+
+        It is not to be touched behind the present end of a file that somebody cuts shorter."""
+        return None
 
     def zero_pages(self, offset: int, nr_pages: int) -> np.ndarray | None:
         """Return bool (nr_pages,): True where the page is surely zero, though nobody read it.
@@ -81,13 +89,67 @@ class FileSource(Source):
         self._extents: tuple[np.ndarray, np.ndarray] | None = None
         self._view = memoryview(b"")
         if self._end > self._start:
-            self._view = memoryview(mmap.mmap(fd, 0, access=mmap.ACCESS_READ))
-            self._view = self._view[self._start : self._end]
+            self._map = mmap.mmap(fd, 0, access=mmap.ACCESS_READ)
+            self._view = memoryview(self._map)[self._start : self._end]
 
     @property
     def size(self) -> int:
         """Bytes from the place where reading began to the end of the file."""
         return len(self._view)
+
+    @property
+    def whole(self) -> memoryview:
+        """From the place where reading began; see above. Raises StorageError if the file has been
+        cut shorter.
+
+        Who asks for it looks here and there: what lies between is not read ahead (of a hole, that
+        would fill the page cache with zeros)."""
+        self._check_size(self._end)
+        if self._view:
+            self._map.madvise(mmap.MADV_RANDOM)
+        return self._view
+
+    def read_pages(self, offsets: np.ndarray) -> np.ndarray:
+        """Return the pages at these offsets (n,), ascending and apart: (n, 4096) u8."""
+        pages = np.empty((offsets.size, PAGE_SIZE), np.uint8)
+        offsets = offsets.astype(np.int64) + self._start
+        cuts = np.flatnonzero(np.diff(offsets) != PAGE_SIZE) + 1
+        for first, end in pairwise([0, *cuts.tolist(), offsets.size]):
+            left, position = pages[first:end].reshape(-1).data, int(offsets[first])
+            while left:
+                try:
+                    got = os.preadv(self._fd, [left], position)
+                except OSError as error:
+                    storage_error(error, self.name, "read")
+                if not got:
+                    raise self._cut()
+                left, position = left[got:], position + got
+        return pages
+
+    @property
+    def start(self) -> int:
+        """Where in the file the image begins."""
+        return self._start
+
+    def fileno(self) -> int:
+        """The open file."""
+        return self._fd
+
+    def with_data(self, offsets: np.ndarray) -> np.ndarray:
+        """Return bool (n,): False where the page at an offset lies wholly in a hole. The offsets
+        (n,) are those of pages of the image, ascending and apart."""
+        if self._extents is None:
+            self._extents = _data_extents(self._fd, self._start)
+        starts, ends = (np.maximum(edge - self._start, 0) for edge in self._extents)
+        offsets = offsets.astype(np.int64)
+        # An extent covers the pages from the first that ends behind its start on.
+        first = np.searchsorted(offsets, starts - PAGE_SIZE, side="right")
+        behind = np.searchsorted(offsets, ends, side="left")
+        edges = np.zeros(offsets.size + 1, np.int32)
+        np.add.at(edges, first, 1)
+        np.subtract.at(edges, behind, 1)
+        found: np.ndarray = np.cumsum(edges[:-1]) > 0
+        return found
 
     def read(self, n: int) -> memoryview:
         """Return a view of the next n bytes.
@@ -96,11 +158,17 @@ class FileSource(Source):
         process (SIGBUS), so its length is looked at before.
         """
         end = min(self.position + n, len(self._view))
-        if os.fstat(self._fd).st_size < self._start + end:
-            raise StorageError(f"{self.name} was cut shorter while it was read", path=self.name)
+        self._check_size(self._start + end)
         piece = self._view[self.position : end]
         self.position = end
         return piece
+
+    def _check_size(self, least: int) -> None:
+        if os.fstat(self._fd).st_size < least:
+            raise self._cut()
+
+    def _cut(self) -> StorageError:
+        return StorageError(f"{self.name} was cut shorter while it was read", path=self.name)
 
     def peek(self, n: int) -> memoryview:
         """Return the first n bytes."""
@@ -148,11 +216,15 @@ def _data_extents(fd: int, position: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 class StreamSource(Source):
-    """A pipe, socket, terminal or device: read forward, in reads of at least 256 KiB."""
+    """A pipe, socket, terminal or device: read forward, in reads of at least 256 KiB.
 
-    def __init__(self, fd: int, name: str) -> None:
+    timeout_s: how long nothing at all may come.
+    """
+
+    def __init__(self, fd: int, name: str, timeout_s: float | None = None) -> None:
         super().__init__(name)
         self._fd = fd
+        self._timeout_s = timeout_s
         self._ahead = memoryview(b"")
 
     def read(self, n: int) -> memoryview:
@@ -169,9 +241,9 @@ class StreamSource(Source):
             self._fill(n, n)
         return self._ahead[:n]
 
-    def ready(self) -> bool:
-        """Return whether something has come; the end of the input counts."""
-        return bool(self._ahead) or bool(select.select([self._fd], [], [], 0)[0])
+    def ready(self, wait_s: float = 0.0) -> bool:
+        """Return whether something comes within the time; the end of the input counts."""
+        return bool(self._ahead) or bool(select.select([self._fd], [], [], wait_s)[0])
 
     def _fill(self, n: int, room: int = _READ_AHEAD) -> None:
         """Have n bytes ahead, or all there are. Read no more than `room` or n in one go.
@@ -187,12 +259,18 @@ class StreamSource(Source):
 
     def _readinto(self, buffer: memoryview) -> int:
         while True:
+            if self._timeout_s is not None:
+                self._wait(self._timeout_s)
             try:
                 return os.readv(self._fd, [buffer])
             except BlockingIOError:
                 select.select([self._fd], [], [])
             except OSError as error:
                 storage_error(error, self.name, "read")
+
+    def _wait(self, timeout_s: float) -> None:
+        if not select.select([self._fd], [], [], timeout_s)[0]:
+            raise StorageError(f"{self.name}: nothing has come for {timeout_s:g} s", path=self.name)
 
     def close(self) -> None:
         """Close the descriptor."""
@@ -201,8 +279,8 @@ class StreamSource(Source):
             self._fd = -1
 
 
-def open_raw(path: str) -> FileSource | StreamSource:
-    """Return the source of the bytes of this path, compressed or not."""
+def open_raw(path: str, timeout_s: float | None = None) -> FileSource | StreamSource:
+    """Return the source of the bytes of this path, compressed or not; see StreamSource."""
     name = "standard input" if path == "-" else path
     try:
         fd = os.dup(0) if path == "-" else os.open(path, os.O_RDONLY | os.O_CLOEXEC)
@@ -210,7 +288,9 @@ def open_raw(path: str) -> FileSource | StreamSource:
         if stat.S_ISDIR(mode):
             os.close(fd)
             raise StorageError(f"cannot read {name}: it is a directory", path=name)
-        return FileSource(fd, name) if stat.S_ISREG(mode) else StreamSource(fd, name)
+        if stat.S_ISREG(mode):
+            return FileSource(fd, name)
+        return StreamSource(fd, name, timeout_s)
     except OSError as error:
         storage_error(error, name, "read")
     except ValueError as error:  # a NUL in the name

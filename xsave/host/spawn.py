@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import socket
+from collections.abc import Sequence
 
 from xsave.errors import ConnectionLost, StorageError
 from xsave.guest.xen.domctl import Domctl
@@ -15,9 +16,14 @@ from xsave.host.prestart import WaitingProcess
 from xsave.host.registry import connect_socket, socket_address
 
 
-def spawn(host: Host, name: str, process: WaitingProcess | None = None) -> Domctl:
+def spawn(
+    host: Host,
+    name: str,
+    process: WaitingProcess | None = None,
+    lazy: Sequence[int] = (),
+) -> Domctl:
     """Register a domain for a process, started here if none waits; return the connection that
-    builds it.
+    builds it. lazy: of a lazy restore the descriptors of the image and of the Outstanding tables.
 
     Raises NameTaken, StorageError. Closing the connection before commit() undoes everything.
     """
@@ -32,7 +38,7 @@ def spawn(host: Host, name: str, process: WaitingProcess | None = None) -> Domct
             # Connected before the process is told: from then on it hears of our death.
             sock = connect_socket(directory)
             try:
-                given = [listener.fileno(), alive, log.fileno()]
+                given = [listener.fileno(), alive, log.fileno(), *lazy]
                 process.become({"domid": domid, "name": name}, given)
             except BaseException:
                 sock.close()

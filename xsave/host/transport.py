@@ -1,4 +1,7 @@
-"""How a migration reaches its target: a `migrate-receive` process at the end of two pipes."""
+"""What a migration knows of its target: a way there, messages back, and what it said at the end.
+
+receivers.py has the kinds there are: processes at the end of two pipes, sockets.
+"""
 
 from __future__ import annotations
 
@@ -6,23 +9,21 @@ import contextlib
 import fcntl
 import json
 import os
-import subprocess
-import sys
-import tempfile
 import threading
 import time
-from collections.abc import Iterable
-from pathlib import Path
+from collections.abc import Iterable, Sequence
 from types import TracebackType
 from typing import Any, Self
 
 from xsave.errors import ConnectionLost, StorageError
-from xsave.host.host import Host
+from xsave.host import handshake
 from xsave.host.pacing import PacedSink
 from xsave.host.sink import DescriptorSink, Sink
+from xsave.host.striping import StripingSink
 from xsave.image.buffers import Buffer, Zeros
 
-_EXIT_WAIT_S = 10.0
+#: A receiver that takes nothing for so long is taken for gone: a link that is cut says nothing.
+STALL_TIMEOUT_S = 30.0
 _MAX_COMPLAINT = 2000
 _COMPLAINT = "xsave: error: "
 #: What an ordinary user may ask for (fs.pipe-max-size).
@@ -33,11 +34,15 @@ _SAMPLE_BYTES = 64 << 20
 class Channel:
     """What is written to the receiver: an image, compressed if asked to, and messages behind it.
 
-    No faster than bandwidth, in bytes a second on the wire.
+    No faster than bandwidth, in bytes a second on the wire. Over several descriptors it goes in
+    stripes.
     """
 
-    def __init__(self, fd: int, compress_level: int | None, bandwidth: float | None) -> None:
-        self._wire = DescriptorSink(os.dup(fd), "the receiving end")
+    def __init__(
+        self, fds: Sequence[int], compress_level: int | None, bandwidth: float | None
+    ) -> None:
+        wires = [DescriptorSink(os.dup(fd), "the receiving end", STALL_TIMEOUT_S) for fd in fds]
+        self._wire: Sink = wires[0] if len(wires) == 1 else StripingSink(wires)
         self._sink: Sink = self._wire if bandwidth is None else PacedSink(self._wire, bandwidth)
         self._compressing = None
         if compress_level is not None:
@@ -73,7 +78,7 @@ class Channel:
 def measured_bandwidth() -> float:
     """Return how many bytes a second go through a pipe here, as a migration's would."""
     reading, writing = os.pipe()
-    _widen(writing)
+    widen(writing)
 
     def read() -> None:
         with open(reading, "rb", buffering=0) as pipe:  # noqa: PTH123
@@ -89,82 +94,84 @@ def measured_bandwidth() -> float:
     return _SAMPLE_BYTES / (time.monotonic() - began)
 
 
-def _widen(fd: int) -> None:
+def widen(fd: int) -> None:
     """Let a pipe hold more; whoever may not have that has a little less speed."""
     with contextlib.suppress(OSError):
         fcntl.fcntl(fd, fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
 
 
 class Receiver:
-    """A running migrate-receive: write the image to its `channel`, read its messages from `output`.
+    """The far end of a migration: write the image to its `channel`, read its messages from
+    `output`.
 
-    zeroes: it gives out empty frames, so that an empty page needs no bytes.
+    zeroes: it is an xsave, which gives out empty frames, so that an empty page needs no bytes.
+    Of others nobody knows; xl's own tools always send the bytes.
+    banner_timeout_s: how long it may take until it is there.
     """
 
     zeroes = True
+    banner_timeout_s = 30.0
 
-    def __init__(self, target: Host, cpu_mismatch: str, transaction: str) -> None:
-        self._errors = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as this
-        root = str(Path(__file__).resolve().parents[2])
-        path = os.environ.get("PYTHONPATH", "")
-        command = [sys.executable, "-m", "xsave", "--host", target.name, "-q", "--progress", "none"]
-        try:
-            self._process = subprocess.Popen(
-                [
-                    *[*command, "migrate-receive", "--transaction", transaction],
-                    *["--cpu-mismatch", cpu_mismatch, "--json"],
-                ],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=self._errors,
-                start_new_session=True,  # Ctrl-C is for the sender, which tells the other end
-                env=os.environ | {"PYTHONPATH": f"{root}:{path}" if path else root},
-            )
-        except OSError as e:
-            self._errors.close()
-            raise StorageError(f"cannot start the receiving end: {e.strerror}") from e
-        assert self._process.stdin is not None and self._process.stdout is not None
+    def __init__(self, input_fds: Sequence[int], output_fd: int) -> None:
+        self._inputs = input_fds
+        self.output = output_fd
         self._channel: Channel | None = None
-        self._input = self._process.stdin.fileno()
-        _widen(self._input)
-        self.output = self._process.stdout.fileno()
+        self._strange = False
 
     def channel(self, compress_level: int | None, bandwidth: float | None) -> Channel:
-        """Return the way to it, the only one."""
-        self._channel = Channel(self._input, compress_level, bandwidth)
+        """Return the way to it, the only one. Raises UsageError if it does not take zstd."""
+        self._channel = Channel(self._inputs, compress_level, bandwidth)
         return self._channel
 
-    def _said(self) -> str:
-        self.close()
-        self._errors.seek(0)
-        return self._errors.read().decode(errors="replace")
+    def greet(self) -> None:
+        """Wait until it is there. Raises ConnectionLost, StorageError."""
+        self.expect_banner(handshake.receive_line(self.output, "its banner", self.banner_timeout_s))
+
+    def expect_banner(self, line: bytes) -> None:
+        """Raise StorageError unless this is the banner."""
+        if line != handshake.BANNER:
+            self._strange = True
+            raise StorageError(
+                f"the other end: expected its banner, found {line[:100]!r} (nothing there, such as "
+                "a start-up file of its shell, may write to standard output)"
+            )
 
     def complaint(self) -> str:
-        """Return the last thing the receiver said about its failure, "" if nothing."""
-        lines = [line for line in self._said()[-_MAX_COMPLAINT:].splitlines() if line.strip()]
-        errors = [line for line in lines if line.startswith(_COMPLAINT)]
-        return (errors or lines or [""])[-1]
+        """Return why it failed, as far as it said anything, "" if it did not."""
+        if self._strange:  # what it says after that is a consequence
+            return ""
+        said = self.said()
+        for line in reversed(said[-_MAX_COMPLAINT:].splitlines()):
+            if (start := line.find(_COMPLAINT)) >= 0:
+                reason = line[start + len(_COMPLAINT) :]
+                return "the receiving end said: " + "".join(c for c in reason if c.isprintable())
+        return self.silence(said)
+
+    def silence(self, said: str) -> str:
+        """Return what is to be thought of a receiver that failed and did not complain as xsave
+        does; "" if there is nothing to say."""
+        return ""
 
     def resumed_ns(self) -> int:
         """Return the guest's wall clock when it began to run there, 0 if nothing was said."""
-        said = self._said()
-        with contextlib.suppress(ValueError, TypeError, KeyError):
-            answer: dict[str, Any] = json.loads(said[said.index("{") :])
-            return int(answer["resumed_ns"])
+        said = self.said()
+        start = 0
+        while (start := said.find("{", start)) >= 0:
+            with contextlib.suppress(ValueError, TypeError, KeyError):
+                answer: dict[str, Any]
+                answer, _ = json.JSONDecoder().raw_decode(said[start:])
+                return int(answer["resumed_ns"])
+            start += 1
         return 0
 
+    def said(self) -> str:
+        """End the connection and return what it said beside its messages."""
+        raise NotImplementedError
+
     def close(self) -> None:
-        """Close both pipes and wait for the process; one that hangs is ended."""
+        """End the connection, whatever the other end does. What was sent arrives."""
         if self._channel is not None:
             self._channel.close()
-        for pipe in (self._process.stdin, self._process.stdout):
-            if pipe is not None and not pipe.closed:
-                pipe.close()
-        try:
-            self._process.wait(_EXIT_WAIT_S)
-        except subprocess.TimeoutExpired:
-            self._process.terminate()
-            self._process.wait()
 
     def __enter__(self) -> Self:
         return self
@@ -176,4 +183,3 @@ class Receiver:
         tb: TracebackType | None,
     ) -> None:
         self.close()
-        self._errors.close()

@@ -17,6 +17,7 @@ from typing import Any
 from xsave.errors import ImageError
 from xsave.image import libxc
 from xsave.image.libxc import TYPE_X86_HVM, TYPE_X86_PV
+from xsave.image.pageindex import PageIndex
 from xsave.image.pages import PageBatch
 
 _PV = frozenset({TYPE_X86_PV})
@@ -92,7 +93,7 @@ class Walk:
             self._admit_p2m(value, offset)
         elif isinstance(value, libxc.X86PvVcpuBasic):
             self._admit_vcpu(value, offset)
-        elif isinstance(value, PageBatch):
+        elif isinstance(value, PageBatch | PageIndex):
             self._admit_pages(value, offset)
         self.seen.add(value.NAME)
 
@@ -125,7 +126,7 @@ class Walk:
         if len(value.context) != expected:
             value.refuse(offset, "wrong context size", f"{expected} bytes", len(value.context))
 
-    def _admit_pages(self, batch: PageBatch, offset: int) -> None:
+    def _admit_pages(self, batch: PageBatch | PageIndex, offset: int) -> None:
         if self.max_pfn is None or (highest := int(batch.pfns.max())) <= self.max_pfn:
             return
         expected = f"at most {self.max_pfn:#x}"

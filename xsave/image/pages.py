@@ -88,7 +88,13 @@ class PageBatch:
 
 def has_data(types: np.ndarray) -> np.ndarray:
     """Return which of these page types (u8, below 16) are followed by a page: bool, same shape."""
-    found: np.ndarray = _HAS_DATA[types]
+    found: np.ndarray = _HAS_DATA.take(types)
+    return found
+
+
+def is_known(types: np.ndarray) -> np.ndarray:
+    """Return which of these page types (u8, below 16) the format knows: bool, same shape."""
+    found: np.ndarray = _IS_KNOWN.take(types)
     return found
 
 

@@ -25,10 +25,13 @@ from xsave.frames import PAGE_SIZE
 from xsave.image import libxc, libxl, order, pages, xl
 from xsave.image.buffers import Buffer, Read, Zeros
 from xsave.image.detect import recognise
+from xsave.image.pageindex import PageIndex, index_run
 from xsave.image.pages import PageBatch
 from xsave.image.record import MAX_BODY, OPTIONAL, RECORD_HEADER, Record
 
-__all__ = ["GO_MESSAGE", "Item", "PageBatch", "StreamDecoder", "StreamEncoder", "Zeros"]
+__all__ = [
+    "GO_MESSAGE", "Item", "PageBatch", "PageIndex", "StreamDecoder", "StreamEncoder", "Zeros",
+]  # fmt: skip
 
 #: What a migrating xl sends behind the image: the go-ahead (44 bytes with its NUL).
 GO_MESSAGE = b"domain is yours, you are cleared to unpause\0"
@@ -51,12 +54,16 @@ class StreamDecoder:
     `image_header` and `domain_header` may be asked for once their items were yielded; an image
     that came to its end had both, with the rules of order or without.
     Raises ImageError on anything the reference readers refuse. `strict_order=False` turns off the
-    rules of order.py only (to look at a broken image).
+    rules of order.py only (to look at a broken image). With `whole`, the image from its first byte
+    on in memory, PAGE_DATA records come many at a time as a PageIndex; `read` must follow.
     """
 
-    def __init__(self, read: Read, *, strict_order: bool = True) -> None:
+    def __init__(
+        self, read: Read, *, strict_order: bool = True, whole: memoryview | None = None
+    ) -> None:
         self._read = read
         self._strict = strict_order
+        self._whole = whole
         self._items = self._image()
         self.position = 0
         self.format = ""
@@ -143,10 +150,21 @@ class StreamDecoder:
         yield Item(offset, "libxc", self.domain_header)
         walk = order.libxc_walk(self.domain_header.type, self.image_header.version)
         while True:
+            if self._whole is not None and (run := self._run(self._whole, walk)):
+                yield run
             item = self._record("libxc", walk)
             yield item
             if isinstance(item.value, libxc.End):
                 return
+
+    def _run(self, whole: memoryview, walk: order.Walk) -> Item | None:
+        """Return the PAGE_DATA records that come next, if they may come and are as they should."""
+        offset = self.position
+        if walk.max_pfn is None or (index := index_run(whole, offset, walk.max_pfn)) is None:
+            return None
+        self._exact(index.nbytes, index.NAME)
+        walk.admit(index, offset)
+        return Item(offset, "libxc", index)
 
     def _record(self, layer: str, walk: order.Walk) -> Item:
         offset = self.position

@@ -64,6 +64,12 @@ class Door(Domctl):
         handler: Callable[[Request], Answer] = getattr(self._building, "op_" + op)
         return handler(Request(self._client, op, arguments, blob))
 
+    def _start(self, op: str, blob: bytes) -> None:
+        self._started = op, blob
+
+    def _end(self) -> None:
+        self._call(*self._started)
+
     def begin(
         self,
         *,

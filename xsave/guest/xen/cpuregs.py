@@ -94,12 +94,17 @@ class CpuState:
         view = memoryview(raw).cast("B")
         self.q = view.cast("Q")
         self.d = view.cast("I")
+        self.address = address
         at = bytes(view).find(_DR_RESET)
         error_code = at - 48 - 16
         self._error = error_code >> 2
         self._old = (error_code + 112) >> 2
         if at < 0 or self.d[self._old] != 0xFFFFFFFF:
             raise UnsupportedEmulator("the CPU state of this unicorn release has another layout")
+
+    def exception_addresses(self) -> tuple[int, int]:
+        """Return where the error code, with `an int raised it` behind it, and old_exception are."""
+        return self.address + 4 * self._error, self.address + 4 * self._old
 
     def take_exception(self) -> tuple[int, bool]:
         """Return the pending exception's error code, and whether an `int` instruction raised it;

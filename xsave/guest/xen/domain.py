@@ -9,7 +9,7 @@ page.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -80,6 +80,8 @@ class Domain:
         self.shutdown_reason: int | None = None
         self.crash_message = ""
         self.never_run = True
+        #: Called with frames (n,) that are to be freed.
+        self.before_free: Callable[[np.ndarray], None] = lambda mfns: None
         self._use_xen_frames(xen_frames or self.allocate(XEN_FRAMES).tolist())
         self.tables = PageTables(machine, domid, self._xen_l4_slots())
         self._hold_writable(self.shared_info_mfn)

@@ -127,6 +127,14 @@ class Domctl:
         send_message(self._sock, {"op": op, **arguments}, blob)
         return self._answer(on_event)
 
+    def _start(self, op: str, blob: bytes) -> None:
+        """A call whose answer is waited for in _end()."""
+        self._begun()
+        send_message(self._sock, {"op": op}, blob)
+
+    def _end(self) -> None:
+        self._answer()
+
     def _answer(
         self, on_event: Callable[[str], None] | None = None
     ) -> tuple[dict[str, Any], bytes]:
@@ -385,11 +393,14 @@ class Domctl:
         blob = pack_blobs(state.context, state.extended, state.xsave, state.msrs)
         self._call("setvcpu", blob, vcpu_id=state.vcpu_id)
 
-    def pin(self, mfns: np.ndarray, levels: np.ndarray) -> None:
-        """Validate and pin page tables. Raises HostCannotTake naming the first that is refused."""
-        self._call(
-            "pin", pack_blobs(mfns.astype("<u8").tobytes(), levels.astype(np.uint8).tobytes())
-        )
+    def start_pin(self, mfns: np.ndarray, levels: np.ndarray) -> None:
+        """Have page tables validated and pinned. Nothing else may be asked before end_pin()."""
+        blob = pack_blobs(mfns.astype("<u8").tobytes(), levels.astype(np.uint8).tobytes())
+        self._start("pin", blob)
+
+    def end_pin(self) -> None:
+        """Raises HostCannotTake naming the first page table that was refused."""
+        self._end()
 
     def set_state(self, state: DomainState) -> None:
         p2m = b"" if state.p2m_frames is None else state.p2m_frames.astype("<u8").tobytes()
@@ -416,6 +427,12 @@ class Domctl:
     def attach_disks(self) -> None:
         """Open the disks that begin() left to others. Raises StorageError."""
         self._call("disks")
+
+    def fill(self) -> None:
+        """Have the pages brought that are outstanding as they are touched, by whoever; the rest
+        follows after commit(). Raises HostCannotTake. The domain was given the image, and the
+        tables of what is outstanding, when its process was started."""
+        self._call("fill")
 
     def commit(self) -> None:
         """The domain is whole: it survives this connection, paused until unpaused."""

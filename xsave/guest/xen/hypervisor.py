@@ -28,6 +28,7 @@ from xsave.guest.xen.cpuregs import (
     RSP,
 )
 from xsave.guest.xen.domain import HYPERVISOR_VIRT_START, Domain
+from xsave.guest.xen.fastpath import KICKED, NEVER, NR_CROSSINGS, Fastpath, library
 from xsave.guest.xen.guestcpu import M64, GuestCpu
 from xsave.guest.xen.guestmem import GuestFault
 from xsave.guest.xen.pagetable import PGT_L1
@@ -65,7 +66,9 @@ class Hypervisor(GuestCpu):
     def __init__(self, domain: Domain, table: dict[int, Hypercall]) -> None:
         super().__init__(domain)
         self.table = table
-        self.kicked = False
+        tables = domain.tables
+        self.fastpath = Fastpath(domain.machine, domain.domid, tables.unflushed_flag, self.leave)
+        self._shared = self.fastpath.words
         #: The arguments with which an interrupted hypercall is to be called again.
         self.continuation: tuple[int, ...] | None = None
         self._nr_steps = 0
@@ -73,7 +76,21 @@ class Hypervisor(GuestCpu):
         self.hands_over = False
         #: An iret set TF: the emulator raises #DB for that syscall instruction, too early.
         self._begins_step = False
-        self.nr_crossings = 0
+        self._nr_crossings = 0
+
+    @property
+    def kicked(self) -> bool:
+        """True if run() is to return at the next crossing."""
+        return bool(self._shared[KICKED])
+
+    @kicked.setter
+    def kicked(self, wanted: bool) -> None:
+        self._shared[KICKED] = wanted
+
+    @property
+    def nr_crossings(self) -> int:
+        """How often the guest crossed into the hypervisor."""
+        return self._nr_crossings + self._shared[NR_CROSSINGS]
 
     def power_on(self) -> None:
         """Make the emulated CPU, with vCPU 0 on it."""
@@ -82,8 +99,9 @@ class Hypervisor(GuestCpu):
     def make_cpu(self) -> Cpu:
         """Return an emulated CPU whose crossings come here, with nothing on it yet."""
         domain = self.domain
-        fixed = domain.clock.virtual
-        return Cpu(domain.machine, domain.scratch_mfn, self, fixed_tlb=fixed)
+        virtual = domain.clock.virtual
+        fastpath = None if virtual or library() is None else self.fastpath
+        return Cpu(domain.machine, domain.scratch_mfn, self, fastpath, fixed_tlb=virtual)
 
     def kick(self) -> None:
         """Make run() return at the next crossing."""
@@ -94,6 +112,12 @@ class Hypervisor(GuestCpu):
         every few milliseconds until it has."""
         if self.powered:
             self.cpu.interrupt(self._code_pages())
+
+    def cut_off(self) -> None:
+        """From another thread, for good: no hypercall does anything any more, and the guest stops
+        at its next crossing."""
+        self.table = {}
+        self.kick()
 
     def _code_pages(self) -> Iterator[int]:
         """Machine addresses of what the guest executes: rip's page and the one behind it."""
@@ -108,14 +132,29 @@ class Hypervisor(GuestCpu):
         self.kicked = False
         self._nr_steps = 0
         self._deliver(0)
+        if self.fastpath.active:
+            self.fastpath.begin(len(self.domain.vcpus), self.domain.clock)
+            self._open_fastpath()
         if not self.kicked and self.domain.shutdown_reason is None:
             self.cpu.run(count)
+
+    def _open_fastpath(self) -> None:
+        """Before the guest goes on: let the library know what is to be known."""
+        fastpath = self.fastpath
+        if not self.tables.idle:
+            fastpath.close()
+            return
+        domain = self.domain
+        timers = [vcpu.timer_ns for vcpu in domain.vcpus if vcpu.timer_ns is not None]
+        deadline = min(min(timers) - domain.clock.offset_ns, NEVER) if timers else NEVER
+        vcpu = self.vcpu
+        fastpath.see(vcpu.context, vcpu.info, in_kernel=vcpu.in_kernel, deadline=max(deadline, 0))
 
     # -- crossings ---
 
     def syscall(self) -> None:
         """A `syscall` instruction: a hypercall, or the guest's user space calling its kernel."""
-        self.nr_crossings += 1
+        self._nr_crossings += 1
         self.domain.clock.step()
         q, skip = self.q, _SYSCALL_BYTES
         if not self.vcpu.in_kernel:
@@ -130,7 +169,7 @@ class Hypervisor(GuestCpu):
             else:
                 self._call_again(self.continuation)
             self._flush()
-        self._leave(skip)
+        self.leave(skip)
 
     def _instruction_bytes(self) -> int:
         """The length of the syscall or sysenter at rip: user space may put prefixes before it."""
@@ -143,7 +182,7 @@ class Hypervisor(GuestCpu):
     def sysenter(self) -> None:
         """User space, 32-bit, calls its kernel; where it goes on only its kernel knows. The kernel
         itself has no use for the instruction."""
-        self.nr_crossings += 1
+        self._nr_crossings += 1
         self.domain.clock.step()
         vcpu, extended = self.vcpu, self.vcpu.extended
         address, skip = extended.sysenter_callback_eip, self._instruction_bytes()
@@ -154,7 +193,7 @@ class Hypervisor(GuestCpu):
             self.cpu.set_selectors(_NULL_RING3, FLAT_RING3_SS64)
             mask = bool(extended.sysenter_disables_events & 1)
             self.bounce(address, None, mask=mask, skip=skip)
-        self._leave(skip)
+        self.leave(skip)
 
     def call(self, nr: int, *args: int) -> int:
         """Dispatch one hypercall; also used by multicall."""
@@ -201,7 +240,7 @@ class Hypervisor(GuestCpu):
                 self.cpu.flush_page(address)
             tables.stale_pages.clear()
 
-    def _leave(self, skip: int) -> None:
+    def leave(self, skip: int) -> None:
         """Before the guest goes on: due timers, then a pending upcall, then whoever waits."""
         domain = self.domain
         now = domain.clock.now()
@@ -213,6 +252,8 @@ class Hypervisor(GuestCpu):
         over = self.kicked or domain.shutdown_reason is not None or now >= domain.clock.horizon_ns
         if over or (self.hands_over and self._woke_another()):
             self.cpu.stop()
+        if self.fastpath.active:
+            self._open_fastpath()
 
     def _woke_another(self) -> bool:
         domain = self.domain
@@ -227,7 +268,7 @@ class Hypervisor(GuestCpu):
         if vector == TRAP_DEBUG and self._begins_step:
             self._begins_step = False
             return
-        self.nr_crossings += 1
+        self._nr_crossings += 1
         self.domain.clock.step()
         if vector == TRAP_PAGE_FAULT:
             self._page_fault(error_code)
@@ -239,12 +280,12 @@ class Hypervisor(GuestCpu):
         else:
             self.bounce_trap(vector, error_code)
         self._flush()
-        self._leave(0)
+        self.leave(0)
 
     def software_interrupt(self, vector: int) -> None:
         """An `int` instruction: user space may use the gates its kernel opened to ring 3 only,
         or it could feign any exception (do_general_protection, permit_softint)."""
-        self.nr_crossings += 1
+        self._nr_crossings += 1
         self.domain.clock.step()
         address, flags = self.vcpu.traps.get(vector, (0, 0))
         if vector in _OPEN_GATES or (address and (self.vcpu.in_kernel or flags & 3 == 3)):
@@ -252,11 +293,11 @@ class Hypervisor(GuestCpu):
         else:
             self.q[RIP] = (self.q[RIP] - _INT_BYTES) & M64
             self.bounce_trap(TRAP_GP_FAULT, vector << 3 | 2)
-        self._leave(0)
+        self.leave(0)
 
     def invalid_opcode(self) -> bool:
         """#UD: Xen's forced-emulation cpuid, or the guest's own business."""
-        self.nr_crossings += 1
+        self._nr_crossings += 1
         self.domain.clock.step()
         try:
             code = self.read(self.q[RIP], len(_FORCED_EMULATION_CPUID))
@@ -267,7 +308,7 @@ class Hypervisor(GuestCpu):
             self.q[RIP] += len(code)
         else:
             self.bounce_trap(TRAP_INVALID_OP, None)
-        self._leave(0)
+        self.leave(0)
         return True
 
     def cpuid(self) -> None:

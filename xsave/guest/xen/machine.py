@@ -53,6 +53,8 @@ XEN_FRAMES = 8
 MAX_FRAMES = 1 << 27  # 512 GiB: one L2 of m2p superpages
 
 _HEADER_BYTES = PAGE_SIZE
+#: What a new machine writes beside its two big tables, generously.
+_SMALL_BYTES = 1 << 20
 _COLUMNS = (
     ("owner", np.uint16),
     ("page_type", np.uint8),
@@ -69,7 +71,9 @@ def first_domain_frame(nr_frames: int) -> int:
 
 
 def create_files(directory: Path, nr_frames: int, seed: int) -> None:
-    """Write `machine.mem` and `frames.tab` of a new machine with nothing in it."""
+    """Write `machine.mem` and `frames.tab` of a new machine with nothing in it.
+
+    Raises StorageError."""
     if not MIN_FRAMES <= nr_frames <= MAX_FRAMES:
         raise StorageError(f"machine of {nr_frames} frames: expected {MIN_FRAMES} to {MAX_FRAMES}")
     try:
@@ -83,8 +87,17 @@ def create_files(directory: Path, nr_frames: int, seed: int) -> None:
             fd = os.open(directory / name, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
             os.ftruncate(fd, size)
             os.close(fd)
+        status = os.statvfs(directory)
     except OSError as e:
         raise StorageError(f"{directory}: cannot make the machine's memory: {e.strerror}") from e
+    # Both are written at once; what does not fit in would end in SIGBUS.
+    need = nr_frames * (np.dtype(np.uint16).itemsize + np.dtype(np.uint64).itemsize) + _SMALL_BYTES
+    if need > (free := status.f_bavail * status.f_frsize):
+        raise StorageError(
+            f"{directory}: the tables of a machine of {nr_frames * PAGE_SIZE >> 20} MiB need "
+            f"{-(-need >> 20)} MiB and there are {free >> 20} MiB left on this filesystem "
+            "(set XSAVE_HOME to a directory on a larger tmpfs, or have a smaller host)"
+        )
     _initialise(Machine(directory, "new"), seed)
 
 
@@ -164,7 +177,7 @@ class Machine:
             if mfns is None:
                 raise OutOfFrames(wanted=nr, free=int(np.count_nonzero(free)), host=self.name)
             self.header[1] += np.uint64(1)
-            self.owner[mfns] = domid
+            self.owner[mfns.view(np.int64)] = domid
         return mfns
 
     def write_frames(self, mfns: np.ndarray, pages: np.ndarray, rows: np.ndarray) -> None:
@@ -259,9 +272,12 @@ def _pick_shuffled(free: np.ndarray, nr: int, seed: np.ndarray) -> np.ndarray | 
     running = np.cumsum(per_chunk[order])
     if nr > running[-1]:
         return None
-    order = order[: int(np.searchsorted(running, nr)) + 1]
+    last = int(np.searchsorted(running, nr))
+    order = order[: last + 1]
     frames = (order[:, None] * CHUNK_FRAMES + _shuffled_chunks(keys[order])).reshape(-1)
-    return frames[padded[frames]][:nr].astype(np.uint64)
+    if running[last] != frames.size:  # some are not free
+        frames = frames[padded[frames]]
+    return frames[:nr].view(np.uint64)
 
 
 def _shuffled_chunks(keys: np.ndarray) -> np.ndarray:

@@ -17,6 +17,7 @@ Errors are Xen's negative errno values, returned, as the guest gets them.
 
 from __future__ import annotations
 
+import ctypes
 import errno
 from collections.abc import Callable
 
@@ -72,6 +73,11 @@ def fix_descriptor(descriptor: int) -> int | None:
     return None if descriptor >> 40 & 15 else descriptor
 
 
+def _targets(entries: np.ndarray) -> np.ndarray:
+    """Return the mfns that entries name, i64: indices of another type cost twice as much."""
+    return ((entries & np.uint64(PTE_FRAME_MASK)) >> np.uint64(PAGE_SHIFT)).view(np.int64)
+
+
 class PageTables:
     """The types and counts of one domain's frames, and the only way to change its tables.
 
@@ -93,10 +99,25 @@ class PageTables:
         self.refs = memoryview(machine.refs.data)
         self.pinned = memoryview(machine.pinned.data)
         self.nr_frames = machine.nr_frames
-        self.unflushed = False
+        self.unflushed_flag = (ctypes.c_uint8 * 1)()  # fastpath.py shares it
         self.stale_tlb = False
         self.stale_pages: list[int] = []
         self.progress = Progress()
+
+    @property
+    def unflushed(self) -> bool:
+        """True if an entry that was present has changed since the TLB was flushed."""
+        return bool(self.unflushed_flag[0])
+
+    @unflushed.setter
+    def unflushed(self, changed: bool) -> None:
+        self.unflushed_flag[0] = changed
+
+    @property
+    def idle(self) -> bool:
+        """True if nothing of an earlier request is left to be done or to be flushed."""
+        progress = self.progress
+        return not (self.stale_tlb or self.stale_pages or progress.dying or progress.kept)
 
     def flush_page(self, address: int) -> None:
         """Ask for the translation of one page to be forgotten before the guest runs again."""
@@ -203,24 +224,35 @@ class PageTables:
         entries = rows[present]
         if not entries.size:
             return 0
-        targets = (entries & np.uint64(PTE_FRAME_MASK)) >> np.uint64(PAGE_SHIFT)
+        targets = _targets(entries)
         if rc := self._l1_refusal(entries, targets):
             return rc
-        writable = targets[(entries & PTE_RW) != 0]
+        common = int(np.bitwise_and.reduce(entries))
+        writable = targets if common & PTE_RW else targets[(entries & PTE_RW) != 0]
         np.add.at(m.type_count, writable, _ONE)
         m.page_type[writable] = PGT_WRITABLE
         np.add.at(m.refs, targets, _ONE)
-        rows[present] = entries | np.uint64(PTE_USER)
-        m.mem[mfns] = rows
+        if not common & PTE_USER:  # of a restored guest all have it
+            rows[present] = entries | np.uint64(PTE_USER)
+            m.mem[mfns] = rows
         return 0
 
     def _l1_refusal(self, entries: np.ndarray, targets: np.ndarray) -> int:
         """Return why the first of these L1 entries (n,) that is wrong is so, 0 if all are right."""
         m = self.machine
+        some = int(np.bitwise_or.reduce(entries))
+        if not some & _DISALLOWED[PGT_L1] and targets.max() < self.nr_frames:  # as good as always
+            types = m.page_type.take(targets)
+            busy = (types != PGT_WRITABLE) & (m.type_count.take(targets) != 0)
+            busy &= (entries & PTE_RW) != 0
+            busy |= types == PGT_XEN
+            busy |= m.owner.take(targets) != self.domid
+            if not busy.any():
+                return 0
         flags = (entries & np.uint64(_DISALLOWED[PGT_L1])) != 0
         beyond = targets >= self.nr_frames
         if beyond.any():
-            targets = np.where(beyond, np.uint64(0), targets)
+            targets = np.where(beyond, 0, targets)
         strange = (m.owner[targets] != self.domid) | (m.page_type[targets] == PGT_XEN)
         busy = (m.page_type[targets] != PGT_WRITABLE) & (m.type_count[targets] != 0)
         busy &= (entries & PTE_RW) != 0
@@ -258,7 +290,7 @@ class PageTables:
         m = self.machine
         entries = m.mem[mfn]
         entries = entries[(entries & PTE_PRESENT) != 0]
-        targets = (entries & np.uint64(PTE_FRAME_MASK)) >> np.uint64(PAGE_SHIFT)
+        targets = _targets(entries)
         writable = targets[(entries & PTE_RW) != 0]
         np.subtract.at(m.refs, targets, _ONE)
         np.subtract.at(m.type_count, writable, _ONE)

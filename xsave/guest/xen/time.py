@@ -45,6 +45,12 @@ class RealClock:
             return self._origin
         return self._origin + time.monotonic_ns() - self._start
 
+    @property
+    def offset_ns(self) -> int:
+        """What a clock that goes is ahead of the host's monotonic clock."""
+        assert self._start is not None
+        return self._origin - self._start
+
     def step(self) -> None:
         """A crossing happened."""
 

@@ -49,6 +49,7 @@ from unicorn.unicorn_py3.unicorn import uclib
 from xsave.guest.xen import cpuregs
 from xsave.guest.xen.cpufeatures import CpuFeatures
 from xsave.guest.xen.cpuid import CpuPolicy
+from xsave.guest.xen.fastpath import ExceptionHook, Fastpath, SyscallHook
 from xsave.guest.xen.guestmem import GuestFault
 from xsave.guest.xen.machine import Machine
 from xsave.guest.xen.stops import Stops
@@ -121,9 +122,16 @@ class Cpu:
     """One emulated processor. `q` is a live view of its registers (indices in cpuregs)."""
 
     def __init__(
-        self, machine: Machine, scratch_mfn: int, handler: Handler, *, fixed_tlb: bool = False
+        self,
+        machine: Machine,
+        scratch_mfn: int,
+        handler: Handler,
+        fastpath: Fastpath | None = None,
+        *,
+        fixed_tlb: bool = False,
     ) -> None:
-        """fixed_tlb: the host's clock has no part in the size of the TLB (see tlb.py)."""
+        """fastpath: it answers some crossings before the handler. fixed_tlb: the host's clock has
+        no part in the size of the TLB (see tlb.py)."""
         self.machine = machine
         self._scratch = scratch_mfn << 12
         self._uc = Uc(UC_ARCH_X86, UC_MODE_64)
@@ -144,8 +152,9 @@ class Cpu:
         self._reset = self._uc.context_save()  # CPL 0, paging off: where every vCPU starts
         self._bringing_up = True
         self.handler = handler
-        self._hook(handler)
         self._stopping = False
+        self._trouble: BaseException | None = None
+        self._hook(handler, fastpath)
         self._vex = VexTrap(handler.read, GuestFault, lambda: self.compat, self._stops.stop_before)
         self._policy: CpuPolicy | None = None
 
@@ -171,17 +180,26 @@ class Cpu:
             for register, value in zip(_GPR8, saved, strict=True):
                 self._uc.reg_write(register, value)
 
-    def _hook(self, handler: Handler) -> None:
+    def _hook(self, handler: Handler, fastpath: Fastpath | None) -> None:
         uc, state = self._uc, self.state
 
-        def on_exception(_uc: Uc, vector: int, _data: object) -> None:
+        def on_syscall(_engine: int, _data: int) -> None:
+            try:
+                handler.syscall()
+            except BaseException as e:  # noqa: BLE001 - run() raises it
+                self._fail(e)
+
+        def on_exception(_engine: int, vector: int, _data: int) -> None:
             error_code, software = state.take_exception()
-            if self._bringing_up:  # CPL 0 and no paging yet: nothing of the guest's may run
-                raise EmulatorFault(f"exception {vector} while the vCPU's state was loaded")
-            if software:
-                handler.software_interrupt(vector)
-            else:
-                handler.exception(vector, error_code)
+            try:
+                if self._bringing_up:  # CPL 0 and no paging yet: nothing of the guest's may run
+                    raise EmulatorFault(f"exception {vector} while the vCPU's state was loaded")
+                if software:
+                    handler.software_interrupt(vector)
+                else:
+                    handler.exception(vector, error_code)
+            except BaseException as e:  # noqa: BLE001 - run() raises it
+                self._fail(e)
 
         def on_invalid(_uc: Uc, _data: object) -> bool:
             state.take_exception()
@@ -196,16 +214,35 @@ class Cpu:
         def on_in(_uc: Uc, port: int, size: int, _data: object) -> int:
             return 0 if port == _TIMER_2 else (1 << 8 * size) - 1
 
-        uc.hook_add(
-            UC_HOOK_INSN, lambda _uc, _d: handler.syscall(), None, 1, 0, x86.UC_X86_INS_SYSCALL
-        )
-        uc.hook_add(UC_HOOK_INTR, on_exception)
+        slow = SyscallHook(on_syscall), ExceptionHook(on_exception)
+        hooks: tuple[Any, Any, int] = *slow, 0
+        if fastpath is not None:
+            flush = ctypes.cast(_direct.tlb_flush_x86_64, ctypes.c_void_p).value or 0
+            hooks = fastpath.connect(
+                state.address, *state.exception_addresses(), self._cpu, flush, slow, self._fail
+            )
+        self._hooks = slow  # they must live as long as the engine
+        self._add_hook(UC_HOOK_INSN, hooks[0], hooks[2], x86.UC_X86_INS_SYSCALL)
+        self._add_hook(UC_HOOK_INTR, hooks[1], hooks[2])
         uc.hook_add(UC_HOOK_INSN_INVALID, on_invalid)
         uc.hook_add(
             UC_HOOK_INSN, lambda _uc, _d: handler.sysenter(), None, 1, 0, x86.UC_X86_INS_SYSENTER
         )
         uc.hook_add(UC_HOOK_INSN, on_cpuid, None, 1, 0, x86.UC_X86_INS_CPUID)
         uc.hook_add(UC_HOOK_INSN, on_in, None, 1, 0, x86.UC_X86_INS_IN)
+
+    def _add_hook(self, kind: int, function: Any, data: int, *which: int) -> None:
+        """Have a function called without the binding between: it costs as much as a handler."""
+        uclib.uc_hook_add(
+            self._handle, ctypes.byref(ctypes.c_size_t()), kind,
+            ctypes.cast(function, ctypes.c_void_p), ctypes.c_void_p(data),
+            ctypes.c_uint64(1), ctypes.c_uint64(0), *map(ctypes.c_int, which),
+        )  # fmt: skip
+
+    def _fail(self, trouble: BaseException) -> None:
+        """In a hook: end the run, and have it raise this."""
+        self._trouble = self._trouble or trouble
+        self._stops.stop()
 
     # -- bring-up ---
 
@@ -254,7 +291,7 @@ class Cpu:
             value = registers.get(register, 0)
             self._uc.reg_write(getattr(x86, "UC_X86_REG_" + register.upper()), value)
         self._forget_code(counted=False)
-        self._uc.emu_start(base, base + len(code))
+        self._emulate(base, base + len(code))
 
     def _load_fpu(self, area: bytes, xcr0: int) -> None:
         base = self._scratch + 0x400
@@ -271,7 +308,7 @@ class Cpu:
         uc.reg_write(x86.UC_X86_REG_RCX, base + 3)
         uc.reg_write(x86.UC_X86_REG_R11, 0x202)
         uc.ctl_flush_tb()
-        uc.emu_start(base, base + 3)
+        self._emulate(base, base + 3)
         if uc.reg_read(x86.UC_X86_REG_CS) != FLAT_RING3_CS64 or self.compat:
             raise EmulatorFault("the emulator did not reach CPL 3")
 
@@ -293,10 +330,18 @@ class Cpu:
         if bool(count) != self._counted:
             self._forget_code(counted=bool(count))
         self._stops.begin(looking=self._counted or bool(self._watches))
+        self._emulate(self.q[cpuregs.RIP], 0, count)
+
+    def _emulate(self, begin: int, until: int, count: int = 0) -> None:
+        """Raises EmulatorFault, and what a hook raised."""
         try:
-            self._uc.emu_start(self.q[cpuregs.RIP], 0, 0, count)
+            self._uc.emu_start(begin, until, 0, count)
         except UcError as e:
             raise EmulatorFault(str(e)) from e
+        finally:
+            trouble, self._trouble = self._trouble, None
+        if trouble is not None:
+            raise trouble
 
     def _trap_vex(self) -> None:
         """Before a block with a VEX-coded instruction: come to that, and raise #UD there, unless

@@ -15,8 +15,6 @@ Structures and numbers: include/uapi/linux/userfaultfd.h and fs.h; Documentation
 
 from __future__ import annotations
 
-import ctypes
-import errno
 import os
 from collections.abc import Iterable
 from types import TracebackType
@@ -26,13 +24,10 @@ import numpy as np
 
 from xsave.errors import StorageError
 from xsave.frames import PAGE_SHIFT
+from xsave.guest.xen import userfault
+from xsave.guest.xen.userfault import ioctl
 
-_SYS_USERFAULTFD = 323
-_UFFD_USER_MODE_ONLY = 1
-_UFFD_API = 0xAA
 _WP_UNPOPULATED, _WP_ASYNC, _WP_SHMEM = 1 << 13, 1 << 15, 1 << 12
-_UFFDIO_API = 0xC018AA3F
-_UFFDIO_REGISTER = 0xC020AA00
 _UFFDIO_WRITEPROTECT = 0xC018AA06
 _REGISTER_MODE_WP, _WRITEPROTECT_MODE_WP = 2, 1
 
@@ -42,8 +37,6 @@ _PAGE_IS_WRITTEN = 2
 #: Of struct pm_scan_arg, twelve u64.
 _SCAN_BYTES = 96
 _MAX_REGIONS = 4096
-
-_libc = ctypes.CDLL(None, use_errno=True)
 
 
 class WriteProtection:
@@ -57,11 +50,8 @@ class WriteProtection:
         self._address, self._nr_pages = address, nr_pages
         self._fd = self._pagemap = -1
         try:
-            self._fd = _open()
-            features = _WP_ASYNC | _WP_UNPOPULATED | _WP_SHMEM
-            _ioctl(self._fd, _UFFDIO_API, np.array([_UFFD_API, features, 0], np.uint64))
-            span = [address, nr_pages << PAGE_SHIFT, _REGISTER_MODE_WP, 0]
-            _ioctl(self._fd, _UFFDIO_REGISTER, np.array(span, np.uint64))
+            self._fd = userfault.open_fd(_WP_ASYNC | _WP_UNPOPULATED | _WP_SHMEM)
+            userfault.register(self._fd, address, nr_pages << PAGE_SHIFT, _REGISTER_MODE_WP)
             self._pagemap = os.open("/proc/self/pagemap", os.O_RDONLY | os.O_CLOEXEC)
             self.written([(0, 1)], clear=False)  # PAGEMAP_SCAN is a little younger
         except OSError as e:
@@ -73,7 +63,7 @@ class WriteProtection:
         for first, nr in runs:
             start = self._address + (first << PAGE_SHIFT)
             span = np.array([start, nr << PAGE_SHIFT, _WRITEPROTECT_MODE_WP], np.uint64)
-            _ioctl(self._fd, _UFFDIO_WRITEPROTECT, span)
+            ioctl(self._fd, _UFFDIO_WRITEPROTECT, span)
 
     def written(self, runs: Iterable[tuple[int, int]], *, clear: bool) -> np.ndarray:
         """Return (nr_pages,) bool: the pages of these runs (first, nr) that lost their
@@ -89,7 +79,7 @@ class WriteProtection:
                 argument[:4] = _SCAN_BYTES, flags, start, end
                 argument[5:7] = regions.ctypes.data, len(regions)
                 argument[9] = argument[11] = _PAGE_IS_WRITTEN
-                count = _ioctl(self._pagemap, _PAGEMAP_SCAN, argument)
+                count = ioctl(self._pagemap, _PAGEMAP_SCAN, argument)
                 self._mark(regions[:count], found)
                 start = int(argument[4])  # walk_end: before the end if the regions are full
         return found
@@ -123,22 +113,3 @@ class WriteProtection:
         tb: TracebackType | None,
     ) -> None:
         self.close()
-
-
-def _open() -> int:
-    flags = os.O_CLOEXEC | os.O_NONBLOCK | _UFFD_USER_MODE_ONLY
-    fd: int = _libc.syscall(_SYS_USERFAULTFD, flags)
-    if fd < 0:
-        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
-    return fd
-
-
-def _ioctl(fd: int, request: int, argument: np.ndarray) -> int:
-    """Call ioctl with a structure of u64 in place, without the GIL. Raises OSError."""
-    address = ctypes.c_void_p(argument.ctypes.data)
-    while True:
-        result: int = _libc.ioctl(fd, ctypes.c_ulong(request), address)
-        if result >= 0:
-            return result
-        if ctypes.get_errno() != errno.EINTR:
-            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))

@@ -20,6 +20,8 @@ from xsave.guest.xen.domain import Domain
 from xsave.host.disk.image import Image, check, open_image
 from xsave.host.disk.spec import DiskSpec
 
+Have = Callable[[Sequence[memoryview]], bool]
+
 
 class Worker:
     """A thread that does a disk's work in order. wake() is called, in it, after each piece."""
@@ -60,9 +62,10 @@ class Worker:
 class AttachedDisk:
     """One disk: its file, open or not, and what does its work."""
 
-    def __init__(self, spec: DiskSpec, wake: Callable[[], None]) -> None:
+    def __init__(self, spec: DiskSpec, wake: Callable[[], None], have: Have) -> None:
         self.spec = spec
         self._wake = wake
+        self._have = have
         self._image: Image | None = None
         self.worker: Worker | None = None
         self.device: BlockDevice | None = None
@@ -110,14 +113,21 @@ class AttachedDisk:
         self.device = None
 
     def _at_once(self, job: Job) -> None:
-        job.run(self.image)
+        self._run(job, self.image)
         self._complete(job)
 
     def _by_worker(self, job: Job) -> None:
         if self.worker is None:
             self.worker = Worker(f"disk {self.spec.vdev}", self._wake)
         image = self.image
-        self.worker.submit(lambda: job.run(image), lambda: self._complete(job))
+        self.worker.submit(lambda: self._run(job, image), lambda: self._complete(job))
+
+    def _run(self, job: Job, image: Image) -> None:
+        """The guest's memory goes to the kernel by its address."""
+        if self._have(job.buffers):
+            job.run(image)
+        else:
+            job.failed = True
 
     def _complete(self, job: Job) -> None:
         self._flushed = False
@@ -178,8 +188,12 @@ class _Behind:
 class Disks:
     """All of a domain's."""
 
-    def __init__(self, specs: Sequence[DiskSpec], wake: Callable[[], None]) -> None:
-        self._attached = [AttachedDisk(spec, wake) for spec in specs]
+    def __init__(
+        self, specs: Sequence[DiskSpec], wake: Callable[[], None], have: Have = lambda buffers: True
+    ) -> None:
+        """have(buffers), in any thread: wait until these pieces of the guest's memory are there,
+        False if they never will be."""
+        self._attached = [AttachedDisk(spec, wake, have) for spec in specs]
 
     def check(self) -> None:
         """See whether the files are there and can be used, though they may be in use still.

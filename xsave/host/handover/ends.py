@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from functools import partial
 from typing import Any
 
-from xsave.errors import ConnectionLost, GuestStateError, NotFound
+from xsave.errors import ConnectionLost, GuestStateError, NotFound, UsageError
+from xsave.host.asking import ask
 from xsave.host.handover.journal import Entry, Journals
 from xsave.host.handover.status import FarEnd, Side, copy_of, look
 from xsave.host.handover.table import TARGET, State, Step
-from xsave.host.host import Host, open_host
+from xsave.host.host import Host
+from xsave.host.receivers import open_target
+from xsave.host.ssh import SshHost
 
 #: Run this xsave command for the other end, asked for JSON; return its answer. Raises what it
 #: failed with, NotFound if it knows no such migration, ConnectionLost if there is no answer.
@@ -20,9 +24,14 @@ Run = Callable[[Sequence[str]], Any]
 def far_end(entry: Entry) -> FarEnd:
     """Return how the target of a migration that began here is asked. Raises ConnectionLost."""
     try:
-        return LocalEnd(open_host(entry.peer))
-    except NotFound as e:
+        target = open_target(entry.peer)
+    except (NotFound, UsageError) as e:
         raise ConnectionLost(str(e)) from e
+    if isinstance(target, Host):
+        return LocalEnd(target)
+    if isinstance(target, SshHost):
+        return CommandEnd(partial(ask, target))
+    raise ConnectionLost(f"{entry.peer}: nobody can be asked there")
 
 
 def abandon(host: Host, transaction: str) -> Side:

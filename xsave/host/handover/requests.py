@@ -51,6 +51,8 @@ class HandoverRequests:
     def op_suspend(self, request: Request) -> Answer | None:
         if self._copy.incoming:
             raise SuspendFailed(_INCOMING, stage="request")
+        if self._running.filling.lost:
+            raise SuspendFailed("the domain has crashed: its memory was lost", stage="request")
         self._running.throttle.percent = 0  # a guest that freezes itself is to be done soon
         at_once = self._suspension.request(
             request.client, paused=self._running.paused, restored=self._building.restored

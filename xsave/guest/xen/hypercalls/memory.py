@@ -82,7 +82,9 @@ def _decrease(hv: Hypervisor, mfns: list[int]) -> int:
             break
         given[mfn] = None
     tables.stale_tlb = tables.stale_tlb or tables.unflushed  # they may become another domain's
-    hv.domain.machine.free(np.array(list(given), np.uint64))
+    frames = np.array(list(given), np.uint64)
+    hv.domain.before_free(frames)
+    hv.domain.machine.free(frames)
     return len(given)
 
 

@@ -1,0 +1,168 @@
+"""migrate-receive: the far end of a migration."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from xsave import console
+from xsave.commands.common import Settings, json_option, pass_settings
+from xsave.commands.flows import STDIO, cpu_mismatch_option, domain_maker
+from xsave.errors import StorageError, XsaveError
+
+if TYPE_CHECKING:
+    from socket import socket
+
+    from xsave.host.address import Listener
+    from xsave.host.prestart import WaitingProcess
+    from xsave.host.striping import Part
+
+
+@click.command("migrate-receive")
+@click.option(
+    "--listen",
+    metavar="ADDRESS",
+    help="Wait at a socket, tcp:ADDRESS:PORT or unix:PATH, neither encrypted nor authenticated.",
+)
+@click.option("--part", metavar="ID/NUMBER/COUNT", help="Be one of several connections.")
+@click.option("--transaction", metavar="ID", help="The migration's id (default: a new one).")
+@cpu_mismatch_option
+@json_option
+@pass_settings
+def migrate_receive(
+    settings: Settings,
+    listen: str | None,
+    part: str | None,
+    transaction: str | None,
+    cpu_mismatch: str,
+    as_json: bool,
+) -> None:
+    """The far end of a migration: a stream on stdin, answers on stdout."""
+    from xsave.host.striping import Part, join
+
+    settings.stdout_is_data = listen is None
+    mine = Part.parse(part) if part else None
+    if mine and mine.number:
+        join(settings.open_host().directory, mine, sys.stdin.fileno())
+        return
+    chosen = {"cpu-mismatch": cpu_mismatch, "transaction": transaction or ""}
+    with settings.prestart() as process:
+        if listen is None:
+            answer = take_at_stdin(settings, process, mine, chosen)
+        else:
+            with listening(settings, listen, as_json) as listener:
+                answer = take_at_socket(settings, process, listener, chosen)
+    sentence = f"{answer['name']}: received as domain {answer['domid']}"
+    if listen and as_json:
+        console.emit_json_line(answer)
+    else:
+        settings.answer(as_json, answer, sentence)
+
+
+def take(
+    settings: Settings,
+    process: WaitingProcess,
+    channel: str | Sequence[int],
+    output: int,
+    chosen: dict[str, str],
+) -> dict[str, Any]:
+    """Take a domain from stdin or several descriptors; return the answer of the command."""
+    from xsave import receive as verb
+    from xsave.host.handover.journal import Journals
+
+    host = settings.open_host()
+    with settings.progress() as report:
+        received = verb.receive(
+            domain_maker(host, process),
+            channel,
+            output,
+            Journals(host.directory),
+            transaction=chosen["transaction"] or None,
+            cpu_mismatch=chosen["cpu-mismatch"],
+            nr_frames=host.nr_frames,
+            report=report,
+        )
+    more = {"resumed_ns": received.resumed_ns, "transaction": received.transaction}
+    return asdict(received.info) | more
+
+
+def take_at_stdin(
+    settings: Settings, process: WaitingProcess, part: Part | None, chosen: dict[str, str]
+) -> dict[str, Any]:
+    """Take a domain from stdin, and, as number 0 of several, from what the others bring."""
+    from xsave.host.striping import Gathering
+
+    output = sys.stdout.fileno()
+    if part is None:
+        return take(settings, process, STDIO, output, chosen)
+    others = Gathering(settings.open_host().directory, part)
+    try:
+        fds = [os.dup(sys.stdin.fileno()), *others.fds]
+        return take(settings, process, fds, output, chosen)
+    finally:
+        others.close()
+
+
+@contextmanager
+def listening(settings: Settings, listen: str, as_json: bool) -> Iterator[Listener]:
+    """Listen, and say where."""
+    from xsave.host.address import Address, Listener
+
+    with Listener(Address.parse(listen)) as listener:
+        if as_json:
+            console.emit_json_line({"listening": listener.text})
+        else:
+            settings.say(f"listening on {listener.text}")
+        yield listener
+
+
+def take_at_socket(
+    settings: Settings, process: WaitingProcess, listener: Listener, chosen: dict[str, str]
+) -> dict[str, Any]:
+    """Take a domain from the first one who connects; the sender hears there how that ended."""
+    from xsave.host.address import say_goodbye
+    from xsave.host.handshake import welcome
+
+    with ExitStack() as stack:
+        sock = stack.enter_context(listener.accept())
+        options = welcome(sock.fileno())
+        chosen |= {key: value for key, value in options.items() if key in chosen}
+        try:
+            socks = [sock, *others_of(options.get("part"), listener, stack.enter_context)]
+            listener.close()
+            fds = [os.dup(one.fileno()) for one in socks]
+            if len(fds) == 1:
+                os.dup2(fds.pop(), sys.stdin.fileno())
+            answer = take(settings, process, fds or STDIO, sock.fileno(), chosen)
+        except XsaveError as e:
+            say_goodbye(sock, f"{console.ERROR_PREFIX}{e}")
+            raise
+        say_goodbye(sock, json.dumps(answer))
+        return answer
+
+
+def others_of(
+    part: str | None, listener: Listener, keep: Callable[[socket], socket]
+) -> list[socket]:
+    """Accept the other connections of a migration, in their order."""
+    from xsave.host.handshake import welcome
+    from xsave.host.striping import GATHER_TIMEOUT_S, Part
+
+    if part is None:
+        return []
+    first = Part.parse(part)
+    socks = []
+    for number in range(1, first.count):
+        sock = keep(listener.accept(GATHER_TIMEOUT_S))
+        found = Part.parse(welcome(sock.fileno()).get("part", ""))
+        if found != Part(first.token, number, first.count):
+            raise StorageError(f"expected connection {number} of {first.token}, found {found}")
+        socks.append(sock)
+    return socks

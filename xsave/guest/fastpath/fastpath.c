@@ -1,0 +1,312 @@
+/*
+ * The crossings that guests make by the ten thousand, answered without Python.
+ *
+ * Linux patches its own code all the time while it boots: for each patch it changes a few page-table
+ * entries one by one, changes to other page tables and back, and reads its clock. These functions
+ * are the emulator's hooks. They do such a crossing if it is of the usual kind and nothing about it
+ * is in doubt, just as hypervisor.py and what it calls would; all else they leave to Python, before
+ * they have changed anything. That Python does the same with or without them is tested
+ * (tests/guest/test_fastpath.py); without this library it does everything.
+ *
+ * Everything here is known to Python by address: struct fastpath is fastpath.py's, its order too.
+ */
+
+#include <stdint.h>
+
+#define DOMID_SELF 0x7ff0
+#define PAGE_SHIFT 12
+#define FRAME_MASK 0x000ffffffffff000ULL
+#define PRESENT 0x001ULL
+#define RW 0x002ULL
+#define USER 0x004ULL
+#define PSE 0x080ULL
+#define L1_DISALLOWED (0x008ULL | 0x010ULL | PSE) /* PWT, PCD */
+
+enum page_type { PGT_NONE, PGT_L1, PGT_L2, PGT_L3, PGT_L4, PGT_WRITABLE, PGT_SEG_DESC, PGT_XEN };
+enum { RAX, RCX, RDX, RBX, RSP, RBP, RSI, RDI, R8, R9, R10, R11, RIP = 16, HFLAGS = 44, CR3 = 56 };
+#define CODE64 (1U << 15)
+
+enum { MMU_UPDATE = 1, VCPU_OP = 24, MMUEXT_OP = 26 };
+enum { MMUEXT_NEW_BASEPTR = 5, MMUEXT_NEW_USER_BASEPTR = 15, VCPUOP_IS_UP = 3 };
+enum { KERNEL_CR3 = 3, USER_CR3 = 1 };
+#define MOST_UPDATES 32
+#define ENOENT 2
+
+#define GP_FAULT 13
+#define SYSCALL_BYTES 2
+#define CLOCK_MONOTONIC 1
+#define NS_PER_S 1000000000ULL
+#define KHZ_TO_NS 1000000ULL
+
+struct timespec64 {
+	int64_t s, ns;
+};
+
+struct mmu_request {
+	uint64_t pointer, value;
+};
+
+struct mmuext_request {
+	uint32_t command, padding;
+	uint64_t arg1, arg2;
+};
+
+struct fastpath {
+	/* the emulator */
+	uint64_t *registers;
+	uint32_t *exception; /* error code; whether an `int` raised it; then, at a distance, ... */
+	uint32_t *old_exception;
+	void *cpu;
+	void (*tlb_flush)(void *cpu);
+	int (*clock_gettime)(int clock, struct timespec64 *now);
+	/* Python's way, and the end of a crossing in which there is something to do */
+	void (*slow_syscall)(void *engine, void *data);
+	void (*slow_exception)(void *engine, uint32_t vector, void *data);
+	void (*leave)(uint64_t skip);
+	/* the machine */
+	uint64_t *memory;
+	uint16_t *owner;
+	uint8_t *page_type;
+	uint32_t *type_count;
+	uint32_t *references;
+	uint64_t nr_frames;
+	uint64_t domid;
+	/* pagetable.py: a present entry has changed since the last flush */
+	uint8_t *unflushed;
+	/* the domain, as of the last crossing that Python saw */
+	uint64_t open; /* 0: everything is Python's */
+	uint64_t in_kernel;
+	uint64_t *control_registers;
+	volatile uint8_t *events; /* of struct vcpu_info: pending, mask */
+	uint64_t nr_vcpus;
+	uint64_t clock_offset; /* the domain's time is the monotonic clock's and this */
+	uint64_t khz;
+	uint64_t deadline; /* by the monotonic clock: a timer is due */
+	/* both sides */
+	volatile uint64_t kicked;
+	uint64_t nr_crossings;
+};
+
+static uint64_t monotonic(struct fastpath *f)
+{
+	struct timespec64 now;
+
+	f->clock_gettime(CLOCK_MONOTONIC, &now);
+	return (uint64_t)now.s * NS_PER_S + (uint64_t)now.ns;
+}
+
+static int owned(struct fastpath *f, uint64_t mfn)
+{
+	return mfn < f->nr_frames && f->owner[mfn] == f->domid && f->page_type[mfn] != PGT_XEN;
+}
+
+/* Return where nr bytes at a guest address are, if they are in one page; 0 else. */
+static void *guest_bytes(struct fastpath *f, uint64_t address, uint64_t nr)
+{
+	const uint64_t need = PRESENT | USER;
+	uint64_t frame = f->registers[CR3] >> PAGE_SHIFT, top = address >> 47, entry;
+
+	if ((top != 0 && top != 0x1ffff) || (address & 0xfff) + nr > 0x1000)
+		return 0;
+	for (int shift = 39; shift >= 12; shift -= 9) {
+		if (frame >= f->nr_frames)
+			return 0;
+		entry = f->memory[frame << 9 | (address >> shift & 511)];
+		if ((entry & need) != need || (shift > 12 && entry & PSE))
+			return 0;
+		frame = (entry & FRAME_MASK) >> PAGE_SHIFT;
+	}
+	if (frame >= f->nr_frames)
+		return 0;
+	return (char *)f->memory + (frame << PAGE_SHIFT | (address & 0xfff));
+}
+
+/* PageTables.mmu_update of an entry of an L1 table in use. 0: it is not that simple. */
+static int update_entry(struct fastpath *f, uint64_t pointer, uint64_t new)
+{
+	uint64_t table = pointer >> PAGE_SHIFT, target, old, was;
+	uint64_t *slot;
+
+	if (pointer & 7 || !owned(f, table) || f->page_type[table] != PGT_L1 || !f->type_count[table])
+		return 0;
+	slot = f->memory + (pointer >> 3);
+	old = *slot;
+	was = (old & FRAME_MASK) >> PAGE_SHIFT;
+	if (old & PRESENT && was >= f->nr_frames)
+		return 0;
+	if (old & PRESENT && old & RW && (f->page_type[was] != PGT_WRITABLE || !f->type_count[was]))
+		return 0;
+	if (new & PRESENT) {
+		new |= USER;
+		target = (new & FRAME_MASK) >> PAGE_SHIFT;
+		if (new & L1_DISALLOWED || !owned(f, target))
+			return 0;
+		if (new & RW) {
+			if (f->type_count[target] && f->page_type[target] != PGT_WRITABLE)
+				return 0;
+			f->page_type[target] = PGT_WRITABLE;
+			f->type_count[target]++;
+		}
+		f->references[target]++;
+	}
+	*slot = new;
+	if (old & PRESENT) {
+		f->references[was]--;
+		if (old & RW && --f->type_count[was] == 0)
+			f->page_type[was] = PGT_NONE;
+		*f->unflushed = 1;
+	}
+	return 1;
+}
+
+static int mmu_update(struct fastpath *f)
+{
+	uint64_t *q = f->registers, count = q[RSI];
+	struct mmu_request *request;
+
+	if (count == 0 || count > MOST_UPDATES || q[RDX] || q[R10] != DOMID_SELF)
+		return 0;
+	request = guest_bytes(f, q[RDI], count * sizeof *request);
+	if (!request)
+		return 0;
+	/* What was done before one that is not simple may be done again: it changes nothing more. */
+	for (; count; count--, request++)
+		if (!update_entry(f, request->pointer, request->value))
+			return 0;
+	q[RAX] = 0;
+	return 1;
+}
+
+/* Can this be loaded, or unloaded, without a table beginning or ceasing to be one? */
+static int in_use(struct fastpath *f, uint64_t mfn, uint32_t count)
+{
+	return owned(f, mfn) && f->page_type[mfn] == PGT_L4 && f->type_count[mfn] >= count;
+}
+
+/* NEW_BASEPTR and NEW_USER_BASEPTR, in this order: a change of address space. */
+static int mmuext_op(struct fastpath *f)
+{
+	uint64_t *q = f->registers, *control = f->control_registers;
+	struct mmuext_request *request;
+	uint64_t kernel, user, old_kernel = control[KERNEL_CR3] >> PAGE_SHIFT;
+	uint64_t old_user = control[USER_CR3] >> PAGE_SHIFT;
+
+	if (q[RSI] != 2 || q[RDX] || q[R10] != DOMID_SELF)
+		return 0;
+	request = guest_bytes(f, q[RDI], 2 * sizeof *request);
+	if (!request || request[0].command != MMUEXT_NEW_BASEPTR ||
+	    request[1].command != MMUEXT_NEW_USER_BASEPTR)
+		return 0;
+	kernel = request[0].arg1;
+	user = request[1].arg1;
+	/* Neither may be of the other kind, too: the counts would depend on each other. */
+	if (kernel == user || kernel == old_user || user == old_kernel || old_kernel == old_user)
+		return 0;
+	if (kernel != old_kernel && !(in_use(f, kernel, 1) && in_use(f, old_kernel, 2)))
+		return 0;
+	if ((user && !in_use(f, user, 1)) || (old_user && !in_use(f, old_user, 2)))
+		return 0;
+	if (kernel != old_kernel) {
+		f->type_count[kernel]++;
+		control[KERNEL_CR3] = kernel << PAGE_SHIFT;
+		f->type_count[old_kernel]--;
+	}
+	q[CR3] = kernel << PAGE_SHIFT;
+	f->tlb_flush(f->cpu);
+	if (user)
+		f->type_count[user]++;
+	control[USER_CR3] = user << PAGE_SHIFT;
+	if (old_user)
+		f->type_count[old_user]--;
+	q[RAX] = 0;
+	return 1;
+}
+
+/* Linux asks for every vCPU that its build has room for. */
+static int vcpu_op(struct fastpath *f)
+{
+	uint64_t *q = f->registers;
+
+	if ((uint32_t)q[RDI] != VCPUOP_IS_UP || (q[RDI] | q[RSI]) >> 31 || q[RSI] < f->nr_vcpus)
+		return 0;
+	q[RAX] = -ENOENT;
+	return 1;
+}
+
+static void leave(struct fastpath *f, uint64_t skip)
+{
+	f->nr_crossings++;
+	if (f->kicked || (f->events[0] && !f->events[1]) || monotonic(f) >= f->deadline)
+		f->leave(skip);
+}
+
+/* The emulator's hook of `syscall` instructions. */
+void fastpath_syscall(void *engine, struct fastpath *f)
+{
+	int done = 0;
+
+	if (f->open && f->in_kernel && !f->kicked) {
+		switch ((uint32_t)f->registers[RAX]) {
+		case MMU_UPDATE:
+			done = mmu_update(f);
+			break;
+		case MMUEXT_OP:
+			done = mmuext_op(f);
+			break;
+		case VCPU_OP:
+			done = vcpu_op(f);
+			break;
+		}
+	}
+	if (done)
+		leave(f, SYSCALL_BYTES);
+	else
+		f->slow_syscall(engine, 0);
+}
+
+static void read_tsc(struct fastpath *f)
+{
+	uint64_t now = monotonic(f) + f->clock_offset, high, low, rest;
+
+	/* now * khz / 10^6, which fits: no clock has run for that long. */
+	__asm__("mulq %3" : "=a"(low), "=d"(high) : "0"(now), "r"(f->khz) : "cc");
+	__asm__("divq %4" : "=a"(low), "=d"(rest) : "0"(low), "1"(high), "r"(KHZ_TO_NS) : "cc");
+	f->registers[RAX] = (uint32_t)low;
+	f->registers[RDX] = low >> 32;
+}
+
+/* rdtsc, of which Python does not say that it was a crossing either; cli of the kernel. */
+static int privileged(struct fastpath *f)
+{
+	uint64_t *q = f->registers;
+	uint8_t *code;
+
+	if (f->exception[1] || !(((uint32_t *)q)[HFLAGS] & CODE64))
+		return 0;
+	code = guest_bytes(f, q[RIP], 2);
+	if (!code)
+		return 0;
+	if (code[0] == 0x0f && code[1] == 0x31) {
+		*f->old_exception = UINT32_MAX;
+		read_tsc(f);
+		q[RIP] += 2;
+		return 1;
+	}
+	if (code[0] == 0xfa && f->in_kernel) {
+		*f->old_exception = UINT32_MAX;
+		q[RIP] += 1;
+		leave(f, 0);
+		return 1;
+	}
+	return 0;
+}
+
+/* The emulator's hook of exceptions. */
+void fastpath_exception(void *engine, uint32_t vector, struct fastpath *f)
+{
+	if (!f->open || vector != GP_FAULT || !privileged(f))
+		f->slow_exception(engine, vector, 0);
+}
+
+/* The size of what Python has to fill in. */
+const uint64_t fastpath_bytes = sizeof(struct fastpath);
