@@ -15,9 +15,9 @@ from tests.conftest import Xsave
 from tests.flows.flow import MIB, create, nothing_is_left, runs_on, wait_for, wait_for_tick
 from tests.flows.live import migrate_live
 from tests.transport.sshd import far_command
-from xsave import migrate
 from xsave.errors import StorageError
 from xsave.host import receivers, transport
+from xsave.host.handover import sender
 from xsave.host.host import Host, add_host
 from xsave.host.receivers import SshReceiver, open_target
 from xsave.host.ssh import SshHost
@@ -113,7 +113,7 @@ def test_the_link_is_dead(host, guest, far, by_ssh, client, monkeypatch, moment)
     """ssh is there, but nothing passes: after the time-out the guest goes on. Once ssh is
     gone, too, so is the copy."""
     monkeypatch.setattr(transport, "STALL_TIMEOUT_S", 1.0)
-    monkeypatch.setattr(migrate, "READY_TIMEOUT_S", 1.0)
+    monkeypatch.setattr(sender, "READY_TIMEOUT_S", 1.0)
     monkeypatch.setattr(receivers, "_EXIT_WAIT_S", 0.5)
     said = fails_at(moment, host, by_ssh, lambda: os.kill(client[-1], signal.SIGSTOP))
     assert "1 s" in said
@@ -123,7 +123,7 @@ def test_the_link_is_dead(host, guest, far, by_ssh, client, monkeypatch, moment)
 def test_a_sender_that_says_nothing(far, far_home, monkeypatch, tmp_path):
     """The receiver does not wait for ever either."""
     script = (
-        "import sys; from xsave import migrate; migrate.SILENCE_TIMEOUT_S = 0.5\n"
+        "import sys; from xsave import receive; receive.SILENCE_TIMEOUT_S = 0.5\n"
         "from xsave.cli import main; sys.argv[0] = 'xsave'; main()"
     )
     monkeypatch.setenv("XSAVE_HOME", str(far_home))

@@ -130,6 +130,7 @@ class Domctl:
     def _start(self, op: str, blob: bytes) -> None:
         """A call whose answer is waited for in _end()."""
         self._begun()
+        self._owed += 1
         send_message(self._sock, {"op": op}, blob)
 
     def _end(self) -> None:
