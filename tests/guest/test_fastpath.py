@@ -291,6 +291,24 @@ def test_an_entry_of_each_kind(twins, before):
     assert twins.nr_quick() >= number * len(flags)  # all the first ones
 
 
+def test_an_entry_in_each_kind_of_table(twins):
+    """Only those of L1 tables are simple: one of any other frame, in each kind of frame, with each
+    command."""
+    guest = twins.guests[0]
+    number = len(kinds_of(guest))
+    for table in range(number):
+        for target in range(number):
+            for command, flags in ((0, FULL), (0, READ_ONLY), (0, 0), (1, FULL), (2, FULL), (4, 0)):
+                where, what = (kinds_of(guest)[kind] << PAGE_SHIFT for kind in (table, target))
+                # A slot that nothing lies behind; in the m2p, an entry of the frame's own.
+                request = struct.pack(
+                    "<QQ", where | 8 * 300 | command, what & (1 << 52) - 1 | flags
+                )
+                twins.do(hypercall(MMU_UPDATE, lambda g: g.va(ARGUMENTS), 1, 0, DOMID_SELF,
+                                   requests=request))  # fmt: skip
+    assert guest.domain.shutdown_reason is None
+
+
 def test_base_pointers_of_each_kind(twins):
     """Every kind of frame as the kernel's and as the user's, behind several others."""
     guest = twins.guests[0]
@@ -323,6 +341,20 @@ def test_a_table_that_nothing_holds_any_more_is_given_up(twins, first):
         twins.do(hypercall(MMUEXT_OP, lambda g: g.va(ARGUMENTS), nr, 0, DOMID_SELF,
                            requests=request))  # fmt: skip
     assert guest.tables.count[kernel if first else user] == 0
+
+
+@pytest.mark.parametrize("pinned", [True, False])
+def test_a_table_in_both_places_is_let_go_of_twice(twins, pinned):
+    """The kernel's and the user's at once, and held by nothing else, it is given up."""
+    guest = twins.guests[0]
+    both = guest.frames[32]
+    load = struct.pack("<IIQQIIQQ", 5, 0, both, 0, 15, 0, both, 0)
+    unpin = b"" if pinned else struct.pack("<IIQQ", 4, 0, both, 0)
+    away = struct.pack("<IIQQIIQQ", 5, 0, guest.frames[34], 0, 15, 0, guest.frames[35], 0)
+    for request in (load, unpin, away):
+        twins.do(hypercall(MMUEXT_OP, lambda g: g.va(ARGUMENTS), len(request) // 24, 0, DOMID_SELF,
+                           requests=request))  # fmt: skip
+    assert guest.tables.count[both] == pinned
 
 
 def test_usual_crossings_are_the_librarys(twins):
