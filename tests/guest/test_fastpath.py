@@ -7,6 +7,7 @@ do, registers, memory and the frames' types and counts are the same afterwards.
 from __future__ import annotations
 
 import contextlib
+import errno
 import shutil
 import struct
 import subprocess
@@ -20,9 +21,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.guest.rig import FULL, MIB, READ_ONLY, Guest, Machines
-from xsave.frames import PAGE_SHIFT, PTE_PRESENT, PTE_PSE, PTE_PWT, PTE_RW, PTE_USER
+from xsave.frames import PAGE_SHIFT, PAGE_SIZE, PTE_PRESENT, PTE_PSE, PTE_PWT, PTE_RW, PTE_USER
 from xsave.guest.xen import fastpath, hypervisor
 from xsave.guest.xen.cpuregs import R11, RAX, RBX, RCX, RDX, RIP, RSP
+from xsave.guest.xen.domain import RESERVED_GDT_PAGE
 from xsave.guest.xen.fastpath import NR_CROSSINGS
 from xsave.guest.xen.pagetable import PGT_L4
 from xsave.guest.xen.time import RealClock
@@ -355,6 +357,16 @@ def test_a_table_in_both_places_is_let_go_of_twice(twins, pinned):
         twins.do(hypercall(MMUEXT_OP, lambda g: g.va(ARGUMENTS), len(request) // 24, 0, DOMID_SELF,
                            requests=request))  # fmt: skip
     assert guest.tables.count[both] == pinned
+
+
+def test_xens_own_memory_is_no_place_for_requests(twins):
+    """It is mapped in every guest, for the emulated CPU, and no guest may read it."""
+    for guest in twins.guests:
+        request = guest.l1 << PAGE_SHIFT | 8 * 9, 0  # a good one
+        guest.machine.mem[guest.domain._reserved_gdt, :2] = request
+    there = guest.domain.gdt_base(guest.vcpu) + RESERVED_GDT_PAGE * PAGE_SIZE
+    twins.do(hypercall(MMU_UPDATE, there, 1, 0, DOMID_SELF))
+    assert guest.hv.q[RBX] == -errno.EFAULT & (1 << 64) - 1
 
 
 def test_usual_crossings_are_the_librarys(twins):
