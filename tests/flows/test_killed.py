@@ -190,8 +190,6 @@ def test_ctrl_c_of_a_restore(xsave, localhost, builtin_image, event):
         destroy(localhost)
     else:
         assert rest.splitlines()[-1] == "xsave: error: interrupted"
-    # One that was told just now what it is to become still loads, and then ends by itself.
-    wait_for(lambda: not processes(localhost))
     nothing_is_left(localhost)
 
 
