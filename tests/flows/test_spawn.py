@@ -13,12 +13,12 @@ import pytest
 from tests.flows.flow import create, destroy, nothing_is_left, processes, wait_for
 from xsave.host import operations
 
-#: Dies with SIGKILL before or behind one call of what spawn() does with sockets.
+#: Sends itself a signal before or behind one call of what spawn() does with sockets.
 KILLED = """
 import os, signal, socket, sys
 from xsave.host import host, spawn
 
-step, when = sys.argv[1:]
+step, when, number = sys.argv[1:]
 
 class Socket(socket.socket):
     pass
@@ -26,8 +26,9 @@ class Socket(socket.socket):
 def deadly(real):
     def call(*arguments):
         if when == "behind":
-            real(*arguments)
-        os.kill(os.getpid(), signal.SIGKILL)
+            result = real(*arguments)
+        os.kill(os.getpid(), int(number))
+        return result if when == "behind" else real(*arguments)
     return call
 
 if step == "send_fds":
@@ -48,7 +49,10 @@ def test_killed_at_each_step(localhost, step, when):
     """The process and its registration are gone long before its patience is."""
     began = time.monotonic()
     killed = subprocess.run(
-        [sys.executable, "-c", KILLED, step, when], capture_output=True, text=True, check=False
+        [sys.executable, "-c", KILLED, step, when, str(int(signal.SIGKILL))],
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert killed.returncode == -signal.SIGKILL, killed.stdout + killed.stderr
     wait_for(lambda: not processes(localhost))
@@ -56,4 +60,18 @@ def test_killed_at_each_step(localhost, step, when):
     nothing_is_left(localhost)
     create(localhost)
     destroy(localhost)
+    nothing_is_left(localhost)
+
+
+@pytest.mark.parametrize("when", ["before", "behind"])
+@pytest.mark.parametrize("step", ["bind", "listen", "connect", "send_fds"])
+def test_interrupted_at_each_step(localhost, step, when):
+    """Ctrl-C: all of it is gone when the command is, however long the process takes to load."""
+    interrupted = subprocess.run(
+        [sys.executable, "-c", KILLED, step, when, str(int(signal.SIGINT))],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert interrupted.stdout == ""
+    assert interrupted.stderr.endswith("KeyboardInterrupt\n")
+    assert localhost.records() == []
     nothing_is_left(localhost)

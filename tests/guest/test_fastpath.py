@@ -7,6 +7,7 @@ do, registers, memory and the frames' types and counts are the same afterwards.
 from __future__ import annotations
 
 import contextlib
+import errno
 import shutil
 import struct
 import subprocess
@@ -20,9 +21,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.guest.rig import FULL, MIB, READ_ONLY, Guest, Machines
-from xsave.frames import PAGE_SHIFT, PTE_PRESENT, PTE_PSE, PTE_PWT, PTE_RW, PTE_USER
+from xsave.frames import PAGE_SHIFT, PAGE_SIZE, PTE_PRESENT, PTE_PSE, PTE_PWT, PTE_RW, PTE_USER
 from xsave.guest.xen import fastpath, hypervisor
 from xsave.guest.xen.cpuregs import R11, RAX, RBX, RCX, RDX, RIP, RSP
+from xsave.guest.xen.domain import RESERVED_GDT_PAGE
 from xsave.guest.xen.fastpath import NR_CROSSINGS
 from xsave.guest.xen.pagetable import PGT_L4
 from xsave.guest.xen.time import RealClock
@@ -291,6 +293,24 @@ def test_an_entry_of_each_kind(twins, before):
     assert twins.nr_quick() >= number * len(flags)  # all the first ones
 
 
+def test_an_entry_in_each_kind_of_table(twins):
+    """Only those of L1 tables are simple: one of any other frame, in each kind of frame, with each
+    command."""
+    guest = twins.guests[0]
+    number = len(kinds_of(guest))
+    for table in range(number):
+        for target in range(number):
+            for command, flags in ((0, FULL), (0, READ_ONLY), (0, 0), (1, FULL), (2, FULL), (4, 0)):
+                where, what = (kinds_of(guest)[kind] << PAGE_SHIFT for kind in (table, target))
+                # A slot that nothing lies behind; in the m2p, an entry of the frame's own.
+                request = struct.pack(
+                    "<QQ", where | 8 * 300 | command, what & (1 << 52) - 1 | flags
+                )
+                twins.do(hypercall(MMU_UPDATE, lambda g: g.va(ARGUMENTS), 1, 0, DOMID_SELF,
+                                   requests=request))  # fmt: skip
+    assert guest.domain.shutdown_reason is None
+
+
 def test_base_pointers_of_each_kind(twins):
     """Every kind of frame as the kernel's and as the user's, behind several others."""
     guest = twins.guests[0]
@@ -323,6 +343,30 @@ def test_a_table_that_nothing_holds_any_more_is_given_up(twins, first):
         twins.do(hypercall(MMUEXT_OP, lambda g: g.va(ARGUMENTS), nr, 0, DOMID_SELF,
                            requests=request))  # fmt: skip
     assert guest.tables.count[kernel if first else user] == 0
+
+
+@pytest.mark.parametrize("pinned", [True, False])
+def test_a_table_in_both_places_is_let_go_of_twice(twins, pinned):
+    """The kernel's and the user's at once, and held by nothing else, it is given up."""
+    guest = twins.guests[0]
+    both = guest.frames[32]
+    load = struct.pack("<IIQQIIQQ", 5, 0, both, 0, 15, 0, both, 0)
+    unpin = b"" if pinned else struct.pack("<IIQQ", 4, 0, both, 0)
+    away = struct.pack("<IIQQIIQQ", 5, 0, guest.frames[34], 0, 15, 0, guest.frames[35], 0)
+    for request in (load, unpin, away):
+        twins.do(hypercall(MMUEXT_OP, lambda g: g.va(ARGUMENTS), len(request) // 24, 0, DOMID_SELF,
+                           requests=request))  # fmt: skip
+    assert guest.tables.count[both] == pinned
+
+
+def test_xens_own_memory_is_no_place_for_requests(twins):
+    """It is mapped in every guest, for the emulated CPU, and no guest may read it."""
+    for guest in twins.guests:
+        request = guest.l1 << PAGE_SHIFT | 8 * 9, 0  # a good one
+        guest.machine.mem[guest.domain._reserved_gdt, :2] = request
+    there = guest.domain.gdt_base(guest.vcpu) + RESERVED_GDT_PAGE * PAGE_SIZE
+    twins.do(hypercall(MMU_UPDATE, there, 1, 0, DOMID_SELF))
+    assert guest.hv.q[RBX] == -errno.EFAULT & (1 << 64) - 1
 
 
 def test_usual_crossings_are_the_librarys(twins):

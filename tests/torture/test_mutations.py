@@ -8,6 +8,7 @@ is lost, or a save or a restore that refuses the guest.
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import subprocess
 from collections.abc import Callable
@@ -235,7 +236,7 @@ def no_m2p():
 
 def no_pins():
     """restore leaves out the pins."""
-    return settling.Settler, "_pin", lambda self, *arguments: None
+    return settling.Settler, "_pinning", lambda self: contextlib.nullcontext()
 
 
 def lost_page():

@@ -17,7 +17,6 @@ import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from types import TracebackType
 
 from xsave.errors import ConnectionLost, StorageError, UsageError
 from xsave.host import handshake
@@ -180,13 +179,8 @@ class ProcessReceiver(Receiver):
                 end()
         process.wait()
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        tb: TracebackType | None,
-    ) -> None:
-        super().__exit__(kind, error, tb)
+    def __exit__(self, *_: object) -> None:
+        super().__exit__()
         self._errors.close()
 
 

@@ -12,7 +12,6 @@ import errno
 import os
 import select
 from collections.abc import Iterable, Iterator, Sequence
-from types import TracebackType
 from typing import NoReturn, Self
 
 import numpy as np
@@ -58,12 +57,7 @@ class Sink:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        tb: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.abort()
 
 

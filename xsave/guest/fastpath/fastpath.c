@@ -54,7 +54,7 @@ struct mmuext_request {
 struct fastpath {
 	/* the emulator */
 	uint64_t *registers;
-	uint32_t *exception; /* error code; whether an `int` raised it; then, at a distance, ... */
+	uint32_t *exception; /* error code; behind it, whether an `int` raised it */
 	uint32_t *old_exception;
 	void *cpu;
 	void (*tlb_flush)(void *cpu);
@@ -199,8 +199,8 @@ static int mmuext_op(struct fastpath *f)
 		return 0;
 	kernel = request[0].arg1;
 	user = request[1].arg1;
-	/* Neither may be of the other kind, too: the counts would depend on each other. */
-	if (kernel == user || kernel == old_user || user == old_kernel || old_kernel == old_user)
+	/* One table in both places would be let go of twice. */
+	if (old_kernel == old_user)
 		return 0;
 	if (kernel != old_kernel && !(in_use(f, kernel, 1) && in_use(f, old_kernel, 2)))
 		return 0;
