@@ -17,9 +17,9 @@ from tests.flows.flow import MIB, create, nothing_is_left, runs_on, state, wait_
 from tests.flows.live import Oracle, migrate_live
 from tests.transport.sshd import Sshd, far_command
 from tests.transport.test_faults import MOMENTS
-from xsave import migrate
 from xsave.errors import StorageError
 from xsave.host import receivers, transport
+from xsave.host.handover import sender
 from xsave.host.ssh import SshHost
 
 _NUMBERS = itertools.count(os.getpid() % 4000)
@@ -112,7 +112,7 @@ def test_the_cable_is_pulled(host, guest, far, network, by_ssh, monkeypatch, mom
     """No end of a connection, just silence: after the time-out the guest goes on here. When the
     network is back the far end sees that it is alone, and nothing is left there."""
     monkeypatch.setattr(transport, "STALL_TIMEOUT_S", 2.0)
-    monkeypatch.setattr(migrate, "READY_TIMEOUT_S", 2.0)
+    monkeypatch.setattr(sender, "READY_TIMEOUT_S", 2.0)
     monkeypatch.setattr(receivers, "_EXIT_WAIT_S", 0.5)
     cut = []
 
