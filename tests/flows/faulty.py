@@ -21,8 +21,9 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
-from xsave.host import prestart, transport
+from xsave.host import prestart, receivers
 from xsave.host.handover import journal, play
 
 #: A host's disk is full as long as there is this file in its directory.
@@ -99,11 +100,7 @@ def pass_on(faults):
             TO_RECEIVER.append(process.stdin.fileno())
         return process
 
-    transport.subprocess = type(
-        "Popen",
-        (),
-        {"Popen": start, "PIPE": subprocess.PIPE, "TimeoutExpired": subprocess.TimeoutExpired},
-    )
+    receivers.subprocess = SimpleNamespace(**vars(subprocess) | {"Popen": start})
 
 
 def main():
