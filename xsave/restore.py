@@ -82,7 +82,8 @@ def restore(
         domctl = reader.run(until_end)
         if not paused:
             report(Stage("restore", "unpause"))
-        start = start or (Domctl.info if paused else Domctl.unpause)
+        if start is None:
+            start = _leave_paused if paused else _unpause
         info = start(domctl)
         domctl.close()
     except BaseException:
@@ -91,6 +92,14 @@ def restore(
     seconds = time.monotonic() - started
     report(Finished("restore", seconds, reader.nr_pages, source.position, info.name))
     return info
+
+
+def _leave_paused(domctl: Domctl) -> DomainInfo:
+    return domctl.info()
+
+
+def _unpause(domctl: Domctl) -> DomainInfo:
+    return domctl.unpause()
 
 
 class Reader:

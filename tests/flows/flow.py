@@ -47,8 +47,15 @@ def save(host, path, name="g", **options):
             raise
 
 
-def restore(host, path, *, lazy=False, **options):
-    """Restore a domain from a file."""
+def restore(host, path, *, lazy=False, paused=False, before_unpause=None, **options):
+    """Restore a domain from a file; before_unpause(domctl) is called when it is complete."""
+
+    def start(domctl):
+        before_unpause(domctl)
+        return domctl.info() if paused else domctl.unpause()
+
+    if before_unpause:
+        options["start"] = start
 
     def make(name, nr_pages):
         host.check_room(nr_pages)
@@ -56,7 +63,9 @@ def restore(host, path, *, lazy=False, **options):
 
     with open_source(str(path)) as source, contextlib.ExitStack() as stack:
         share = stack.enter_context(Lazy(source, host.nr_frames)) if lazy else None
-        return restore_flow(source, make, nr_frames=host.nr_frames, lazy=share, **options)
+        return restore_flow(
+            source, make, nr_frames=host.nr_frames, lazy=share, paused=paused, **options
+        )
 
 
 def destroy(host, name="g"):

@@ -62,4 +62,4 @@ def test_abandon_asks_for_the_end_all_the_same(ends):
     theirs.shutdown(socket.SHUT_WR)
     domctl.abandon()
     asked = [receive_message(theirs)[0]["op"] for _ in range(2)]
-    assert asked == ["begin", "destroy"]
+    assert asked == ["begin", "abandon"]

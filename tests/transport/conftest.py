@@ -11,7 +11,7 @@ from tests.conftest import end_processes, make_home
 from tests.flows.flow import MIB
 from tests.transport.sshd import Sshd, far_command
 from xsave.host.host import Host, add_host
-from xsave.host.ssh import SshHost
+from xsave.host.ssh import add_ssh_host
 
 
 @pytest.fixture(scope="session")
@@ -57,7 +57,7 @@ def far_options(far, far_home):
 @pytest.fixture
 def by_ssh(far, far_home, ssh_path):
     """The other machine's host as one sees it from here."""
-    return SshHost("far", "far", far_command(far_home))
+    return add_ssh_host("far", "far", far_command(far_home))
 
 
 @pytest.fixture

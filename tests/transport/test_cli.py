@@ -19,6 +19,7 @@ from tests.flows.live import migrate_live
 from xsave.host import receivers
 from xsave.host.host import Host
 from xsave.host.receivers import SshReceiver
+from xsave.host.ssh import find_ssh_host
 from xsave.progress import Round
 
 
@@ -215,7 +216,7 @@ def ended(pid, terminal):
     return [status] if found else []
 
 
-def test_ssh_outlives_ctrl_c(xsave, host, far, by_ssh, monkeypatch):
+def test_ssh_outlives_ctrl_c(xsave, host, far, monkeypatch):
     """SIGINT to the ssh that shares a terminal does nothing: who is asked to stop is the sender."""
     monkeypatch.setattr(receivers, "can_ask", lambda: True)
     create(host, memory_bytes=16 * MIB, cmdline="touch=1M write=2M rate=20M")
@@ -233,5 +234,5 @@ def test_ssh_outlives_ctrl_c(xsave, host, far, by_ssh, monkeypatch):
         if isinstance(event, Round):
             os.kill(pids[0], signal.SIGINT)
 
-    migrate_live(host, by_ssh, report=report)
+    migrate_live(host, find_ssh_host("far"), report=report)
     runs_on(far)

@@ -20,7 +20,7 @@ from tests.transport.test_faults import MOMENTS
 from xsave.errors import StorageError
 from xsave.host import receivers, transport
 from xsave.host.handover import sender
-from xsave.host.ssh import SshHost
+from xsave.host.ssh import add_ssh_host
 
 _NUMBERS = itertools.count(os.getpid() % 4000)
 
@@ -84,7 +84,7 @@ def by_ssh(network, far, far_home, tmp_path, monkeypatch):
         before_client=["ip", "netns", "exec", network.here],
     )  # fmt: skip
     monkeypatch.setenv("PATH", f"{sshd.bin}:{os.environ['PATH']}")
-    yield SshHost("far", "far", far_command(far_home))
+    yield add_ssh_host("far", "far", far_command(far_home))
     sshd.stop()
 
 
