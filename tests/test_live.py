@@ -77,6 +77,9 @@ class Guest:
     def page_types(self, mfns):
         return self.types[mfns.astype(np.intp)]
 
+    def ask_vcpus(self):
+        return self.vcpus
+
     def vcpus(self):
         context = VcpuGuestContext()
         context.ctrlreg[3] = int(self.p2m[ROOT]) << 12
@@ -100,6 +103,9 @@ class Log:
     def clean(self):
         found, self.guest.dirty = self.guest.dirty, np.zeros(NR_FRAMES, bool)
         return found
+
+    def ask_clean(self):
+        return self.clean
 
 
 actions = st.tuples(

@@ -100,6 +100,7 @@ class LiveWriter(Writer):
         """Add to what is pending all that changed since the last look. Raises GuestStateError."""
         dirty = self._log.clean()
         seen = self._look_again()
+        self._page_types = self._types()
         self._grow(seen)
         self._note(dirty)
 
@@ -130,11 +131,11 @@ class LiveWriter(Writer):
         self._seen = seen
 
     def _note(self, dirty: np.ndarray) -> None:
-        """Mark as pending what is dirty (by frame), has another frame or another type."""
+        """Mark as pending what is dirty (by frame), has another frame or another type than was
+        sent."""
         p2m, pending = self._p2m, self._pending
         backed = p2m != _INVALID
         pending[backed] |= dirty[p2m[backed]]
-        self._page_types = self._types()
         changed = p2m != self._sent_p2m
         if (left := self._sent_p2m[changed & (self._sent_p2m != _INVALID)]).size:
             self._machine.let_go(left)
@@ -160,8 +161,12 @@ class LiveWriter(Writer):
     def finish(self) -> Round:
         """The guest is suspended: send what is left of it. Raises GuestStateError."""
         started = time.monotonic()
-        dirty = self._log.clean()
-        seen, vcpus = self._look(), self._domctl.vcpus()
+        state = self._domctl.state()
+        # Meanwhile nothing changes. The domain's process lists what is dirty while we look.
+        clean, ask_vcpus = self._log.ask_clean(), self._domctl.ask_vcpus()
+        seen = self._look(state)
+        self._page_types = self._types()
+        dirty, vcpus = clean(), ask_vcpus()
         contexts = self._contexts(vcpus)
         start_info_pfn = contexts[0].user_regs.rdx
         self._grow(seen)

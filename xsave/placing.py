@@ -12,6 +12,8 @@ can be localised and pinned while it works off the rest.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 
 from xsave.behind import Behind
@@ -42,6 +44,8 @@ class Memory:
         self.types = np.full(p2m_size, PageType.XTAB, np.uint8)
         self._written = np.zeros(p2m_size, bool)
         self._queued = np.zeros(p2m_size, bool)  # ever left to the thread
+        #: Hears which pfns (n,) come, before anything of them changes.
+        self.before_renewal: Callable[[np.ndarray], None] = lambda pfns: None
         most = _MAX_WAITING_LIVE_BYTES if live else _MAX_WAITING_BYTES
         self._write_behind = Behind(self._machine.write_frames, most)
         self._offsets = np.zeros(p2m_size, np.uint64)
@@ -69,6 +73,7 @@ class Memory:
 
     def place_types(self, pfns: np.ndarray, types: np.ndarray) -> None:
         """Take the entries (n,) of records: whatever can be there gets a frame."""
+        self.before_renewal(pfns)
         # A page that came without bytes is an ordinary one; only where it is there counts.
         self.types[pfns] = np.where(types == _XALLOC, _NOTAB, types)
         self.populate(pfns[(types != PageType.XTAB) & (types != PageType.BROKEN)])
@@ -129,10 +134,22 @@ class Memory:
         """Put page tables (n, 512) into their frames."""
         self._machine.mem[self.p2m[pfns]] = tables
 
-    def drop_holes(self) -> None:
-        """All records came: free the frames of pfns that had one and ended as holes (the guest
-        gave the page up while it was migrated)."""
-        holes = np.flatnonzero((self.p2m != _INVALID) & (self.types == PageType.XTAB))
+    def in_place(self, pfns: np.ndarray) -> np.ndarray:
+        """Return (n,) bool: the pages whose bytes are in their frames as soon as they are read."""
+        return ~self._queued[pfns]
+
+    def write_early(self, pfns: np.ndarray, pages: np.ndarray, rows: np.ndarray) -> None:
+        """Put rows (n,) of pages into the frames of these pfns, though more may come for them."""
+        self._written[pfns] = True
+        self._machine.write_frames(self.p2m[pfns], pages, rows)
+
+    def holes(self) -> np.ndarray:
+        """All records came: return the pfns that had a frame and ended as holes (the guest gave
+        the page up while it was migrated)."""
+        return np.flatnonzero((self.p2m != _INVALID) & (self.types == PageType.XTAB))
+
+    def drop(self, holes: np.ndarray) -> None:
+        """Free the frames of holes()."""
         if not holes.size:
             return
         if self._queued[holes].any():

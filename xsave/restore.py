@@ -30,11 +30,13 @@ from xsave.p2m import largest
 from xsave.parts import Parts
 from xsave.placing import Memory
 from xsave.progress import Finished, Pages, Report, Stage, ignore
-from xsave.settling import settle_domain
+from xsave.settling import Settler
 
 _AVX_STATE = 1 << 2
 _TAIL_LIMIT = 4096
 _PFNS_PER_P2M_PAGE = 512
+#: A sender that is silent for so long is at the end of a round, or its guest suspends.
+_PAUSE_S = 0.002
 
 MakeDomain = Callable[[str, int], Domctl]
 
@@ -45,6 +47,7 @@ class Source(Protocol):
     position: int
 
     def read(self, n: int) -> memoryview: ...
+    def ready(self, wait_s: float = 0.0) -> bool: ...
     def zero_pages(self, offset: int, nr_pages: int) -> np.ndarray | None: ...
 
 
@@ -129,6 +132,7 @@ class Reader:
         self._parts = Parts()
         self._domctl: Domctl | None = None
         self._memory: Memory | None = None
+        self._settler: Settler | None = None
         self.nr_pages = 0
 
     def abandon(self) -> None:
@@ -151,7 +155,8 @@ class Reader:
             raise ImageError("the image has no X86_PV_P2M_FRAMES record", offset=decoder.position)
         self._report(Stage("restore", "settle", "page tables, p2m, vCPUs"))
         self._check_vcpus(decoder.position)
-        settle_domain(self._domctl, self._memory, self._parts, self._state(self._memory))
+        assert self._settler is not None
+        self._settler.run(self._state(self._memory))
         self.nr_pages = self._memory.nr_populated
         self._domctl.commit()
         return self._domctl
@@ -267,6 +272,7 @@ class Reader:
             self._memory = Memory(self._domctl, p2m_size, live=bool(self._suffix))
         else:
             self._memory = LazyMemory(self._domctl, p2m_size, self._lazy)
+        self._settler = Settler(self._domctl, self._memory, self._parts)
         if self._suffix:  # else a guest that is soon suspended would wait for the process to start
             self._domctl.wait_begun()
 
@@ -277,6 +283,10 @@ class Reader:
         zero = self._source.zero_pages(batch.pages_offset, len(batch.pages))
         self._memory.place(batch, zero, item.offset)
         self._report_pages()
+        # A guest that moves waits for what is left to do at the end.
+        if self._suffix and self._settler and not self._source.ready(_PAUSE_S):
+            while self._settler.work_ahead() and not self._source.ready():
+                pass
 
     def _page_index(self, item: Item) -> None:
         assert isinstance(self._memory, LazyMemory)  # only such a restore asks for indexes

@@ -118,9 +118,9 @@ class Writer:
         self._report(Stage("save", "vcpus"))
         self._write_tail(seen, vcpus, contexts)
 
-    def _look(self) -> Seen:
+    def _look(self, state: DomainState | None = None) -> Seen:
         """Look at the domain as it is now; from here on its p2m is the one found."""
-        state = self._domctl.state()
+        state = state or self._domctl.state()
         page = self._machine.pages[state.shared_info_mfn].tobytes()
         shared = SharedInfo.from_buffer_copy(page)
         found = guest_p2m.find(self._domctl, state, shared)

@@ -10,20 +10,20 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-from collections.abc import Iterator
-from typing import NoReturn
+from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from xsave.canonical import local_p2m, localise, named_pfns, referenced_pfns
+from xsave.canonical import local_p2m
 from xsave.errors import HostCannotTake, ImageError
-from xsave.frames import INVALID_P2M_ENTRY, PAGE_SHIFT, PAGE_SIZE, PTE_PSE, TYPE_PIN, PageType
+from xsave.frames import INVALID_P2M_ENTRY, PAGE_SHIFT, PAGE_SIZE, TYPE_PIN, PageType
 from xsave.guest.xen.domctl import DomainState, Domctl, VcpuState
 from xsave.image import libxc
 from xsave.image.pages import PageBatch
 from xsave.image.stream import Item
+from xsave.localising import Localiser
 from xsave.parts import Parts
-from xsave.placing import Memory, table_levels
+from xsave.placing import Memory
 from xsave.public import SharedInfo, StartInfo, VcpuGuestContext
 
 _INVALID = np.uint64(INVALID_P2M_ENTRY)
@@ -31,22 +31,33 @@ _MAX_GDT_ENTRIES = 14 * 512
 _KERNEL_MODE = 1 << 2
 
 
-def settle_domain(domctl: Domctl, memory: Memory, parts: Parts, state: DomainState) -> None:
-    """Finish the domain whose pages were all read. Raises ImageError, HostCannotTake."""
-    Settler(domctl, memory, parts).run(state)
-
-
 class Settler:
-    """Works on one domain's Memory and the Parts of its image."""
+    """Works on one domain's Memory and the Parts of its image. Its methods raise ImageError,
+    HostCannotTake."""
 
     def __init__(self, domctl: Domctl, memory: Memory, parts: Parts) -> None:
         self._domctl = domctl
         self._machine = domctl.machine
         self._memory = memory
         self._parts = parts
+        self._localiser = Localiser(domctl, memory)
+        self._p2m_ahead = 0  # of so many pfns with frames, the p2m's pages say so already
+
+    def work_ahead(self) -> bool:
+        """Pages of a live migration are still to come: do a part of what can be done without them.
+        False if nothing can."""
+        memory, frames = self._memory, self._parts.p2m_frames
+        if frames is None or memory.nr_populated == self._p2m_ahead:
+            return self._localiser.work_ahead()
+        if (memory.p2m[frames] != _INVALID).all():
+            pfns, rows = np.unique(frames, return_index=True)
+            memory.write_early(pfns, local_p2m(memory.p2m).view(np.uint8), rows)
+        self._p2m_ahead = memory.nr_populated
+        return True
 
     def run(self, state: DomainState) -> None:
-        self._localise_tables()
+        """All was read: finish the domain."""
+        self._localiser.run()
         self._domctl.wait_begun()  # its errors are no fault of the page tables
         self._memory.give_back_pool()
         with self._pinning():  # meanwhile:
@@ -59,73 +70,16 @@ class Settler:
         registers = contexts[0].user_regs
         self._write_start_info(registers.rdx)
         registers.rdx, registers.rax = self._mfn(registers.rdx), 0
-        for vcpu_id, context in contexts.items():
-            self._set_vcpu(vcpu_id, context)
-        self._domctl.set_state(state)
+        set_vcpus = {
+            vcpu_id: self._domctl.ask_set_vcpu(self._vcpu_state(vcpu_id, context))
+            for vcpu_id, context in contexts.items()
+        }
+        set_state = self._domctl.ask_set_state(state)
+        for vcpu_id, wait in set_vcpus.items():
+            self._wait_for_vcpu(vcpu_id, wait)
+        set_state()
 
     # -- page tables ---
-
-    def _localise_tables(self) -> None:
-        memory = self._memory
-        memory.drop_holes()
-        levels = table_levels(memory.types)
-        pfns = np.flatnonzero(levels)
-        tables = memory.read_tables(pfns)
-        targets = named_pfns(tables)
-        if (targets >= np.uint64(memory.p2m.size)).any():
-            self._refuse_outside(tables, pfns)
-        upper = levels[pfns] > 1
-        self._check_upper(tables[upper], levels, pfns[upper])
-        named = np.zeros(memory.p2m.size, bool)
-        named[targets] = True
-        memory.populate(np.flatnonzero(named))
-        memory.write_tables(pfns, localise(tables, memory.p2m))
-
-    def _refuse_outside(self, tables: np.ndarray, pfns: np.ndarray) -> NoReturn:
-        """Name the first entry of the tables at pfns that leads out of the p2m."""
-        size = self._memory.p2m.size
-        rows, slots, targets = referenced_pfns(tables)
-        first = np.flatnonzero(targets >= np.uint64(size))[0]
-        row, slot = int(rows[first]), int(slots[first])
-        found = f"{int(tables[row, slot]):#x}"
-        what, expected = "a pfn outside the p2m", f"a pfn below {size:#x}"
-        self._refuse_entry(int(pfns[row]), slot, what, expected, found)
-
-    def _check_upper(self, tables: np.ndarray, levels: np.ndarray, pfns: np.ndarray) -> None:
-        """Entries of upper tables (n, 512), at pfns (n,), must lead to tables of the level below;
-        levels are those of all pfns."""
-        rows, slots, targets = referenced_pfns(tables)
-        entries = tables[rows, slots]
-        superpages = np.flatnonzero(entries & np.uint64(PTE_PSE))
-        if superpages.size:
-            row, slot = int(rows[superpages[0]]), int(slots[superpages[0]])
-            expected = f"a pfn below {self._memory.p2m.size:#x}"
-            found = f"{int(entries[superpages[0]]):#x}"
-            self._refuse_entry(int(pfns[row]), slot, "a superpage", expected, found)
-        below = levels[pfns[rows]] - 1
-        wrong = np.flatnonzero(levels[targets] != below)
-        if wrong.size:
-            row, slot = int(rows[wrong[0]]), int(slots[wrong[0]])
-            what = f"pfn {targets[wrong[0]]:#x}, which is no page table of level {below[wrong[0]]}"
-            self._refuse_entry(int(pfns[row]), slot, what)
-
-    def _refuse_entry(
-        self,
-        pfn: int,
-        slot: int,
-        what: str,
-        expected: str | None = None,
-        found: str | None = None,
-    ) -> NoReturn:
-        level = self._memory.types[pfn] & 7
-        offset = self._memory.offset_of(pfn)
-        raise ImageError(
-            f"entry {slot} of the level-{level} page table at pfn {pfn:#x} names {what}",
-            offset=None if offset is None else offset + 8 * slot,
-            record=PageBatch.NAME,
-            expected=expected,
-            found=found,
-        )
 
     @contextlib.contextmanager
     def _pinning(self) -> Iterator[None]:
@@ -133,15 +87,17 @@ class Settler:
         before what is wrong elsewhere."""
         types = self._memory.types
         pinned = np.flatnonzero((types & TYPE_PIN != 0) & (types < PageType.BROKEN))
-        self._domctl.start_pin(self._memory.p2m[pinned], types[pinned] & 7)
+        wait = self._domctl.ask_pin(self._memory.p2m[pinned], types[pinned] & 7)
+        unpinned = self._localiser.ask_unpin()
         try:
             yield
         finally:
-            self._end_pin()
+            self._wait_for_pins(wait)
+            unpinned()
 
-    def _end_pin(self) -> None:
+    def _wait_for_pins(self, wait: Callable[[], object]) -> None:
         try:
-            self._domctl.end_pin()
+            wait()
         except HostCannotTake as e:
             pfn = e.facts.get("pfn")
             offset = self._memory.offset_of(pfn) if isinstance(pfn, int) else None
@@ -198,6 +154,9 @@ class Settler:
         pages = local_p2m(self._memory.p2m)
         self._require_shared_are_holes(frames, pages)
         pfns, rows = np.unique(frames, return_index=True)
+        if self._p2m_ahead:  # and then they are there
+            other = (self._machine.mem[self._memory.p2m[pfns]] != pages[rows]).any(axis=1)
+            pfns, rows = pfns[other], rows[other]
         self._machine.write_frames(self._memory.p2m[pfns], pages.view(np.uint8), rows)
 
     def _require_shared_are_holes(self, frames: np.ndarray, pages: np.ndarray) -> None:
@@ -273,9 +232,9 @@ class Settler:
             )
         return self._mfn(pfn)
 
-    def _set_vcpu(self, vcpu_id: int, context: VcpuGuestContext) -> None:
+    def _wait_for_vcpu(self, vcpu_id: int, wait: Callable[[], object]) -> None:
         try:
-            self._domctl.set_vcpu(self._vcpu_state(vcpu_id, context))
+            wait()
         except HostCannotTake as e:
             is_xsave = e.facts.get("part") == "xsave"
             name = libxc.X86PvVcpuXsave.NAME if is_xsave else libxc.X86PvVcpuBasic.NAME

@@ -218,6 +218,18 @@ class Building:
                 )
         return {}, b""
 
+    def op_pin_l1s(self, request: Request) -> Answer:
+        """Those that cannot be pinned, or not yet, are nobody's fault."""
+        mfns = np.frombuffer(request.blob, np.uint64).tolist()
+        return {}, bytes(self._unbuilt().tables.pin_l1s(mfns))
+
+    def op_unpin(self, request: Request) -> Answer:
+        tables = self._unbuilt().tables
+        for mfn in np.frombuffer(request.blob, np.uint64).tolist():
+            if rc := tables.unpin(mfn):
+                raise HostCannotTake(f"frame {mfn:#x} is no pinned page table ({rc})")
+        return {}, b""
+
     def op_setstate(self, request: Request) -> Answer:
         domain, arguments = self._unbuilt(), request.arguments
         config, cpuid, msrs, p2m = unpack_blobs(request.blob, 4)

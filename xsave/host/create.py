@@ -93,7 +93,7 @@ def create(
             seed=deterministic,
         )
         domctl.build(boot.kernel_path, boot.ramdisk, cmdline, memory_bytes // PAGE_SIZE)
-        domctl.set_state(_state(boot, boot.to_json(name, uuid)))
+        domctl.ask_set_state(_state(boot, boot.to_json(name, uuid)))()
         domctl.commit()
         if paused:
             return domctl.info()

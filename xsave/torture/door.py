@@ -10,7 +10,7 @@ import socket
 from collections.abc import Callable, Sequence
 from typing import Any, cast
 
-from xsave.guest.xen.domctl import DomainInfo, Domctl
+from xsave.guest.xen.domctl import DomainInfo, Domctl, Pending
 from xsave.guest.xen.hypervisor import Hypervisor
 from xsave.guest.xen.machine import XEN_FRAMES
 from xsave.host.building import Answer, Building
@@ -54,21 +54,11 @@ class Door(Domctl):
     def xen(self) -> Hypervisor:
         return self._running.xen
 
-    def _call(
-        self,
-        op: str,
-        blob: bytes = b"",
-        on_event: Callable[[str], None] | None = None,
-        **arguments: Any,
-    ) -> tuple[dict[str, Any], bytes]:
+    def _post(self, op: str, blob: bytes = b"", **arguments: Any) -> Pending:
         handler: Callable[[Request], Answer] = getattr(self._building, "op_" + op)
-        return handler(Request(self._client, op, arguments, blob))
-
-    def _start(self, op: str, blob: bytes) -> None:
-        self._started = op, blob
-
-    def _end(self) -> None:
-        self._call(*self._started)
+        pending = Pending(lambda on_event: None)
+        pending.answer = handler(Request(self._client, op, arguments, blob))
+        return pending
 
     def begin(
         self,

@@ -23,6 +23,9 @@ class Source:
         self.position += len(piece)
         return piece
 
+    def ready(self, wait_s: float = 0.0) -> bool:
+        return True
+
     def zero_pages(self, offset: int, nr_pages: int) -> np.ndarray | None:
         return None
 

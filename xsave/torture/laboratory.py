@@ -94,7 +94,7 @@ class Laboratory:
         cmdline = cell.command_line(settings)
         door.begin(nr_vcpus=cell.vcpus, max_pages=MEMORY_PAGES, builtin=True)
         door.build(settings.kernel, None, cmdline)
-        door.set_state(self._state())
+        door.ask_set_state(self._state())()
         door.commit()
         domain = door.xen.domain
         domain.start()

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import socket
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -84,16 +85,35 @@ class DomainState:
     xen_version: tuple[int, int]
 
 
+class Pending:
+    """A request that was sent and whose answer is still to come, behind those sent before."""
+
+    def __init__(self, receive: Callable[[Callable[[str], None] | None], None]) -> None:
+        self._receive = receive
+        self.answer: tuple[dict[str, Any], bytes] | None = None
+
+    def wait(self, on_event: Callable[[str], None] | None = None) -> tuple[dict[str, Any], bytes]:
+        """Return the answer. Raises what went wrong there; ConnectionLost."""
+        while self.answer is None:
+            self._receive(on_event)
+        raise_error(self.answer[0])
+        return self.answer
+
+
 class Domctl:
-    """One domain, by its mapped machine and a connection to its process."""
+    """One domain, by its mapped machine and a connection to its process.
+
+    What takes the process its time can be asked for ahead: ask_x() sends the request and returns
+    what waits for its answer.
+    """
 
     def __init__(self, machine: Machine, domid: int, name: str, sock: socket.socket) -> None:
         self.machine = machine
         self.domid = domid
         self.name = name
         self._sock = sock
-        self._owed = 0  # answers that are to come
-        self._beginning = False  # begin() was sent, its answer not yet read
+        self._pending: deque[Pending] = deque()  # in the order of their answers
+        self._begin: Pending | None = None  # begin() was sent, its answer not yet read
         self._shared_info_mfn = 0
         self._frame_order: int | None = None
         self.suspended_ns = self.resumed_ns = 0
@@ -119,38 +139,26 @@ class Domctl:
         on_event: Callable[[str], None] | None = None,
         **arguments: Any,
     ) -> tuple[dict[str, Any], bytes]:
+        return self._post(op, blob, **arguments).wait(on_event)
+
+    def _post(self, op: str, blob: bytes = b"", **arguments: Any) -> Pending:
         self._begun()
-        while self._owed:  # a Ctrl-C did not wait for them
-            with contextlib.suppress(XsaveError):
-                self._answer()
-        self._owed += 1
+        return self._send(op, blob, arguments)
+
+    def _send(self, op: str, blob: bytes, arguments: dict[str, Any]) -> Pending:
+        pending = Pending(self._receive)
+        self._pending.append(pending)  # first: a Ctrl-C may come behind the message
         send_message(self._sock, {"op": op, **arguments}, blob)
-        return self._answer(on_event)
+        return pending
 
-    def _start(self, op: str, blob: bytes) -> None:
-        """A call whose answer is waited for in _end()."""
-        self._begun()
-        self._owed += 1
-        send_message(self._sock, {"op": op}, blob)
-
-    def _end(self) -> None:
-        self._answer()
-
-    def _answer(
-        self, on_event: Callable[[str], None] | None = None
-    ) -> tuple[dict[str, Any], bytes]:
-        while True:
-            try:
-                message, answer = receive_message(self._sock)
-            except ConnectionLost:
-                self._owed = 0
-                raise
-            if "event" not in message:
-                self._owed -= 1
-                raise_error(message)
-                return message, answer
-            if on_event:
-                on_event(message["event"])
+    def _receive(self, on_event: Callable[[str], None] | None) -> None:
+        """Read one message: an event, or the answer to what was asked first of all pending. Who
+        asked may wait no more, because of a Ctrl-C; then it is nobody's."""
+        message, blob = receive_message(self._sock)
+        if "event" not in message:
+            self._pending.popleft().answer = message, blob
+        elif on_event:
+            on_event(message["event"])
 
     # -- life ---
 
@@ -255,12 +263,21 @@ class Domctl:
 
     def vcpus(self) -> list[VcpuState]:
         """Return the online vCPUs, ascending; registers as they are now."""
-        message, blob = self._call("getvcpus")
-        parts = list(unpack_blobs(blob, 4 * len(message["ids"])))
-        return [
-            VcpuState(vcpu_id, *parts[4 * i : 4 * i + 4])
-            for i, vcpu_id in enumerate(message["ids"])
-        ]
+        return self.ask_vcpus()()
+
+    def ask_vcpus(self) -> Callable[[], list[VcpuState]]:
+        """vcpus(), asked ahead."""
+        pending = self._post("getvcpus")
+
+        def answer() -> list[VcpuState]:
+            message, blob = pending.wait()
+            parts = list(unpack_blobs(blob, 4 * len(message["ids"])))
+            return [
+                VcpuState(vcpu_id, *parts[4 * i : 4 * i + 4])
+                for i, vcpu_id in enumerate(message["ids"])
+            ]
+
+        return answer
 
     def page_types(self, mfns: np.ndarray) -> np.ndarray:
         """Return (n,) u8 libxc types (levels with the pin bit, NOTAB for all else)."""
@@ -286,8 +303,9 @@ class Domctl:
         """
         message, _ = self._call("logdirty", action="enable", kind=kind)
 
-        def ask(action: str) -> bytes:
-            return self._call("logdirty", action=action)[1]
+        def ask(action: str) -> Callable[[], bytes]:
+            pending = self._post("logdirty", action=action)
+            return lambda: pending.wait()[1]
 
         if message["kind"] == COMPARE:
             return CompareLog(self.machine, self.domid, ask)
@@ -348,18 +366,16 @@ class Domctl:
             "xen_frames": self.populate(XEN_FRAMES).tolist(),
             "journal": self.journal,
         }
-        self._owed += 1
-        send_message(self._sock, {"op": "begin", **arguments})
-        self._beginning = True
+        self._begin = self._send("begin", b"", arguments)
 
     def wait_begun(self) -> None:
         """Raise what begin() came to, if nothing that was asked since has."""
         self._begun()
 
     def _begun(self) -> None:
-        if self._beginning:
-            self._beginning = False
-            self._shared_info_mfn = self._answer()[0]["shared_info_mfn"]
+        if self._begin:
+            pending, self._begin = self._begin, None
+            self._shared_info_mfn = pending.wait()[0]["shared_info_mfn"]
 
     @property
     def shared_info_mfn(self) -> int:
@@ -390,28 +406,35 @@ class Domctl:
         """Take fresh frames for the domain, all zero, shuffled: (nr,) u64. Raises OutOfFrames."""
         return self.machine.allocate(self.domid, nr, self._frame_order)
 
-    def set_vcpu(self, state: VcpuState) -> None:
+    def ask_set_vcpu(self, state: VcpuState) -> Callable[[], object]:
+        """Raises HostCannotTake, when it is waited for."""
         blob = pack_blobs(state.context, state.extended, state.xsave, state.msrs)
-        self._call("setvcpu", blob, vcpu_id=state.vcpu_id)
+        return self._post("setvcpu", blob, vcpu_id=state.vcpu_id).wait
 
-    def start_pin(self, mfns: np.ndarray, levels: np.ndarray) -> None:
-        """Have page tables validated and pinned. Nothing else may be asked before end_pin()."""
+    def ask_pin(self, mfns: np.ndarray, levels: np.ndarray) -> Callable[[], object]:
+        """Have page tables validated and pinned. Raises HostCannotTake naming the first page
+        table that was refused, when it is waited for."""
         blob = pack_blobs(mfns.astype("<u8").tobytes(), levels.astype(np.uint8).tobytes())
-        self._start("pin", blob)
+        return self._post("pin", blob).wait
 
-    def end_pin(self) -> None:
-        """Raises HostCannotTake naming the first page table that was refused."""
-        self._end()
+    def pin_l1s(self, mfns: np.ndarray) -> np.ndarray:
+        """Pin those of these frames, all different, that are valid L1 tables now; return which,
+        (n,) bool."""
+        return np.frombuffer(self._call("pin_l1s", mfns.astype("<u8").tobytes())[1], bool)
 
-    def set_state(self, state: DomainState) -> None:
+    def ask_unpin(self, mfns: np.ndarray) -> Callable[[], object]:
+        """Undo pins of a domain that is being built."""
+        return self._post("unpin", mfns.astype("<u8").tobytes()).wait
+
+    def ask_set_state(self, state: DomainState) -> Callable[[], object]:
         p2m = b"" if state.p2m_frames is None else state.p2m_frames.astype("<u8").tobytes()
-        self._call(
+        return self._post(
             "setstate",
             pack_blobs(state.config, state.cpuid_policy, state.msr_policy, p2m),
             tsc=state.tsc,
             p2m_size=state.p2m_size,
             xen_version=state.xen_version,
-        )
+        ).wait
 
     def connect_rings(self, store_mfn: int, console_mfn: int) -> tuple[int, int]:
         """Attach xenstore and console to their ring pages; return their event channels."""

@@ -27,6 +27,7 @@ from xsave.guest.xen.machine import CHUNK_FRAMES, Machine
 USERFAULTFD, COMPARE = "userfaultfd", "compare"
 KINDS = (USERFAULTFD, COMPARE)
 _BATCH = 1024
+Ask = Callable[[str], Callable[[], bytes]]
 
 
 class LogDirty(Protocol):
@@ -45,33 +46,41 @@ class LogDirty(Protocol):
     def clean(self) -> np.ndarray:
         """The same, and begin anew. The first one is due before anything is sent."""
 
+    def ask_clean(self) -> Callable[[], np.ndarray]:
+        """clean() of a guest that does not run: what is returned waits for the bitmap."""
+
     def off(self) -> None:
         """End it; nothing is logged any more."""
 
 
 class WrittenLog:
-    """The domain's process logs; ask(action) -> packed bitmap is the request to it."""
+    """The domain's process logs; ask(action) is the request to it, and returns what waits for
+    the packed bitmap."""
 
     kind = USERFAULTFD
 
-    def __init__(self, machine: Machine, ask: Callable[[str], bytes]) -> None:
+    def __init__(self, machine: Machine, ask: Ask) -> None:
         self.pages = machine.mem
         self.touched = machine.resident
         self._nr_frames = machine.nr_frames
         self._ask = ask
 
-    def _bitmap(self, action: str) -> np.ndarray:
-        packed = np.frombuffer(self._ask(action), np.uint8)
-        return np.unpackbits(packed, count=self._nr_frames, bitorder="little").view(bool)
+    def _bitmap(self, packed: bytes) -> np.ndarray:
+        bits = np.frombuffer(packed, np.uint8)
+        return np.unpackbits(bits, count=self._nr_frames, bitorder="little").view(bool)
 
     def peek(self) -> np.ndarray:
-        return self._bitmap("peek")
+        return self._bitmap(self._ask("peek")())
 
     def clean(self) -> np.ndarray:
-        return self._bitmap("clean")
+        return self.ask_clean()()
+
+    def ask_clean(self) -> Callable[[], np.ndarray]:
+        packed = self._ask("clean")
+        return lambda: self._bitmap(packed())
 
     def off(self) -> None:
-        self._ask("disable")
+        self._ask("disable")()
 
 
 class CompareLog:
@@ -82,7 +91,7 @@ class CompareLog:
 
     kind = COMPARE
 
-    def __init__(self, machine: Machine, domid: int, ask: Callable[[str], bytes]) -> None:
+    def __init__(self, machine: Machine, domid: int, ask: Ask) -> None:
         self._machine = machine
         self._domid = domid
         self._ask = ask
@@ -99,6 +108,9 @@ class CompareLog:
 
     def clean(self) -> np.ndarray:
         return self._compare(copy=True)
+
+    def ask_clean(self) -> Callable[[], np.ndarray]:
+        return self.clean
 
     def _compare(self, *, copy: bool) -> np.ndarray:
         machine = self._machine
@@ -118,7 +130,7 @@ class CompareLog:
         return written
 
     def off(self) -> None:
-        self._ask("disable")
+        self._ask("disable")()
         self.pages = self.pages[:0]
 
 

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 import numpy as np
 
@@ -275,8 +275,12 @@ class PageTables:
         """Validate the new L1 tables that entries of an L2 name, all at once, as many together
         are cheap; return those that got a reference so. If one is wrong nothing happens: it is
         found when each is taken by itself."""
-        named = {(entry & PTE_FRAME_MASK) >> PAGE_SHIFT for entry in entries}
-        new = [mfn for mfn in named if self.owned(mfn) and not self.count[mfn]]
+        return self._hold_new({(entry & PTE_FRAME_MASK) >> PAGE_SHIFT for entry in entries})
+
+    def _hold_new(self, mfns: Collection[int]) -> list[int]:
+        """Take a reference of type L1 on those of these frames that have none at all, on none
+        if one of them is no valid table; return which."""
+        new = [mfn for mfn in mfns if self.owned(mfn) and not self.count[mfn]]
         self.stale_tlb = self.stale_tlb or (self.unflushed and bool(new))
         index = np.array(new, np.int64)
         m = self.machine
@@ -421,6 +425,14 @@ class PageTables:
         if rc == 0:
             self.pinned[mfn] = 1
         return rc
+
+    def pin_l1s(self, mfns: Collection[int]) -> list[bool]:
+        """Pin different frames as L1 tables, those that can be; return which. All at once, if all
+        are new and valid."""
+        held = self._hold_new(mfns)
+        for mfn in held:
+            self.pinned[mfn] = 1
+        return [mfn in held or self.pin(mfn, PGT_L1) == 0 for mfn in mfns]
 
     def unpin(self, mfn: int) -> int:
         """MMUEXT_UNPIN_TABLE. 0 or -errno."""
