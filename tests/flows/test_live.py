@@ -247,6 +247,23 @@ def test_the_downtime_of_the_guest_is_its_clocks(host, target):
     assert 0 <= after - before - result.guest_downtime_ns < 100_000_000
 
 
+def test_a_heartbeat_notices(host, target):
+    """heartbeat= tells the longest gap between two beats: the downtime is in it, and in none of
+    those before and after."""
+
+    def beats(where):
+        return [int(part.split()[0]) for part in console(where).split("HEARTBEAT ")[1:]]
+
+    start(host, cmdline="heartbeat=20 threads=0")
+    wait_for(lambda: len(beats(host)) > 1)
+    assert 20_000 <= min(beats(host)) < 300_000
+    result = migrate_live(host, target, live=False)
+    downtime_us = result.guest_downtime_ns / 1000
+    wait_for(lambda: len(beats(target)) > 2)
+    assert beats(target)[0] > downtime_us
+    assert min(beats(target)[1:]) < downtime_us + 20_000
+
+
 def test_there_and_back(host, target):
     """Three times between two hosts while it writes: it misses no tick and loses no write."""
     start(host)

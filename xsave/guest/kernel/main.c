@@ -8,6 +8,7 @@
 #include "device.h"
 #include "events.h"
 #include "gdt.h"
+#include "heartbeat.h"
 #include "hypercall.h"
 #include "mm.h"
 #include "misbehave.h"
@@ -102,6 +103,7 @@ static void start_threads(void)
 			       "checker"));
 	misbehave_start();
 	writer_start();
+	heartbeat_start();
 	started = mmtest_start(wanted);
 	printk("%d threads make and destroy address spaces\n", started);
 }
