@@ -243,6 +243,7 @@ def test_migrate(guest):
     assert (answer["name"], answer["host"], answer["outcome"]) == ("g", "h", "migrated")
     assert answer["downtime_ns"] > 0
     assert answer["guest_downtime_ns"] > 0
+    assert 0 < answer["freeze_ns"] < answer["total_ns"]
     assert answer["total_ns"] > answer["downtime_ns"]
     assert answer["bytes_sent"] > 0
     assert answer["nr_rounds"] == 1 + sum(event.get("event") == "round" for event in events)

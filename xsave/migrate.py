@@ -67,7 +67,8 @@ class MigrateResult:
 
     downtime_ns is the host's: from when it knew of the suspend to the receiver's report.
     guest_downtime_ns is the guest's: the difference of its wall clock (Xen's, of shared_info, and
-    the system time) between its suspend and its first moment at the target.
+    the system time) between its suspend and its first moment at the target. freeze_ns is what came
+    before: from asking the guest to suspend to knowing that it has.
     """
 
     outcome: str
@@ -79,6 +80,7 @@ class MigrateResult:
     total_ns: int
     downtime_ns: int
     guest_downtime_ns: int
+    freeze_ns: int
 
 
 def migrate(
@@ -140,7 +142,7 @@ class Sender:
         self._receiver = receiver
         self._options = options
         self._report = report
-        self._suspended_ns = 0
+        self._suspended_ns = self._freeze_ns = 0
         self._dirty_log: str | None = None
         self._nr_rounds = 0
 
@@ -177,6 +179,7 @@ class Sender:
             total_ns=0,
             downtime_ns=downtime_ns,
             guest_downtime_ns=self._guest_downtime_ns(downtime_ns),
+            freeze_ns=self._freeze_ns,
         )
 
     def _guest_downtime_ns(self, downtime_ns: int) -> int:
@@ -188,8 +191,10 @@ class Sender:
 
     def _suspend(self) -> None:
         self._stage("freeze", "asking the guest to suspend")
+        asked_ns = time.monotonic_ns()
         self._domctl.suspend(lambda stage: self._stage("suspend", stage))
         self._suspended_ns = time.monotonic_ns()
+        self._freeze_ns = self._suspended_ns - asked_ns
 
     def _send_image(self, channel: Channel) -> Writer:
         self._suspend()
