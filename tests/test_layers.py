@@ -31,6 +31,7 @@ LAYERS = {
         "xsave.save",
         "xsave.restore",
         "xsave.lazy",
+        "xsave.postponed",
         "xsave.migrate",
         "xsave.receive",
         "xsave.precopy",
@@ -50,15 +51,17 @@ LAYERS = {
         "xsave.guest.xen",
     },
     "xsave.console": set(),
-    "xsave.receive": {"xsave.restore", "xsave.host", "xsave.guest.xen.domctl"},
+    "xsave.receive": {"xsave.restore", "xsave.postponed", "xsave.host", "xsave.guest.xen.domctl"},
     "xsave.migrate": {
         "xsave.save",
         "xsave.live",
+        "xsave.postcopy",
         "xsave.precopy",
         "xsave.rounds",
         "xsave.host",
         "xsave.guest.xen.domctl",
     },
+    "xsave.postcopy": FLOW,
     "xsave.precopy": set(),
     "xsave.rounds": {"xsave.live", "xsave.precopy", "xsave.guest.xen.domctl"},
     "xsave.live": FLOW | {"xsave.save", "xsave.p2m", "xsave.gathering", "xsave.guest.xen.logdirty"},
@@ -66,11 +69,12 @@ LAYERS = {
     "xsave.gathering": FLOW,
     "xsave.restore": FLOW
     | {"xsave.guest.xen.cpuid", "xsave.p2m", "xsave.parts", "xsave.placing", "xsave.settling"}
-    | {"xsave.domconfig", "xsave.lazy"},
+    | {"xsave.domconfig", "xsave.lazy", "xsave.postponed"},
     "xsave.domconfig": {"xsave.image"},
     "xsave.parts": {"xsave.image"},
     "xsave.placing": FLOW,
     "xsave.lazy": FLOW | {"xsave.placing", "xsave.guest.xen.outstanding"},
+    "xsave.postponed": FLOW | {"xsave.placing", "xsave.guest.xen.outstanding"},
     "xsave.settling": FLOW | {"xsave.parts", "xsave.placing", "xsave.localising"},
     "xsave.localising": FLOW | {"xsave.placing"},
     "xsave.p2m": {"xsave.canonical", "xsave.guest.xen.domctl"},
@@ -84,6 +88,7 @@ LAYERS = {
         "xsave.guest.xen",
         "xsave.image.buffers",
         "xsave.image.zstdseek",
+        "xsave.image.postwire",  # and brings a migration's pages
     },
     "xsave": set(),
 }

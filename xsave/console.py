@@ -17,7 +17,7 @@ from dataclasses import asdict
 from typing import Any, TextIO
 
 from xsave.errors import StorageError
-from xsave.progress import Decided, Event, Finished, Pages, Report, Round, Stage, ignore
+from xsave.progress import Decided, Event, Finished, Followed, Pages, Report, Round, Stage, ignore
 
 PAGE_SIZE = 4096
 ERROR_PREFIX = "xsave: error: "
@@ -105,6 +105,8 @@ def report_lines(event: Event) -> None:
         say(f"{event.operation}: {round_line(event)}")
     elif isinstance(event, Decided):
         say(f"{event.operation}: {event.action}: {event.reason}")
+    elif isinstance(event, Followed):
+        say(f"{event.operation}: {followed_line(event)}")
 
 
 def round_line(event: Round) -> str:
@@ -116,6 +118,14 @@ def round_line(event: Round) -> str:
         f"({human_bytes(int(event.bandwidth))}/s); written meanwhile: {event.pending_pages:7} "
         f"pages ({human_bytes(int(event.dirty_rate))}/s); "
         f"downtime now: {event.estimated_downtime_s * 1000:.0f} ms"
+    )
+
+
+def followed_line(event: Followed) -> str:
+    """Say what came behind a guest."""
+    return (
+        f"post-copy: {event.nr_pages} pages followed the guest in {event.seconds:.2f} s: "
+        f"{event.nr_faults} it asked for, {event.nr_pages - event.nr_faults} by and by"
     )
 
 
@@ -242,6 +252,9 @@ def _terminal_progress() -> Iterator[Report]:
             return
         if isinstance(event, Decided):
             bar.console.print(f"  {escape(f'{event.action}: {event.reason}')}", highlight=False)
+            return
+        if isinstance(event, Followed):
+            bar.console.print(f"  {escape(followed_line(event))}", highlight=False)
             return
         end_stage()
         if isinstance(event, Stage):

@@ -4,6 +4,7 @@
     round    what has to be sent now: all, at first; then what was written, what is another frame
              than before, what became or ceased to be a page table, what was deferred
     finish   the guest is suspended: the rest, with nothing deferred any more; vCPUs; END
+             or, with post-copy, only what it takes to start the guest, and the names of the rest
 
 The stream is a live migration's as Xen's tools send it: pages come again, the last one counts, and
 the final ones are those of a save (save.py) of the suspended guest. A page table that names a frame
@@ -26,10 +27,11 @@ from xsave.frames import INVALID_P2M_ENTRY, PAGE_SIZE, PageType
 from xsave.gathering import Gatherer, Patches
 from xsave.guest.xen.domctl import Domctl
 from xsave.guest.xen.logdirty import LogDirty
-from xsave.image import libxc
+from xsave.image import libxc, postcopy
 from xsave.image.buffers import Write
 from xsave.p2m import PER_PAGE
 from xsave.progress import Report
+from xsave.public import StartInfo, VcpuGuestContext
 from xsave.save import Seen, Writer
 
 _INVALID = np.uint64(INVALID_P2M_ENTRY)
@@ -66,15 +68,26 @@ class LiveWriter(Writer):
     """Writes one running domain, whose writes `log` knows.
 
     zeroes: the other end gives out empty frames only, so that empty pages need not be sent.
+    postcopy: what is left when the guest is suspended is named, not sent.
     """
 
     def __init__(
-        self, domctl: Domctl, write: Write, report: Report, log: LogDirty, *, zeroes: bool
+        self,
+        domctl: Domctl,
+        write: Write,
+        report: Report,
+        log: LogDirty,
+        *,
+        zeroes: bool,
+        postcopy: bool = False,
     ) -> None:
         super().__init__(domctl, write, report)
         self._log = log
         self._zeroes = zeroes
         self._pending = np.zeros(0, bool)
+        self._postcopy = postcopy
+        #: With post-copy, once finished: the pfns that were left out, and their frames, (n,) i64.
+        self.left_out = self.left_out_mfns = np.empty(0, np.int64)
 
     def begin(self) -> None:
         """Write what precedes the pages; all of them are pending then. Raises GuestStateError."""
@@ -82,6 +95,8 @@ class LiveWriter(Writer):
         self._log.clean()
         size = self._p2m.size
         self._write_head(seen)
+        if self._postcopy:
+            self._record(postcopy.PostcopyBegin())
         self._seen, self._frames = seen, seen.found.frames.astype(np.intp)
         self._sent_p2m = np.full(size, _INVALID)
         self._sent_types = np.full(size, _NEVER, np.uint8)
@@ -175,12 +190,39 @@ class LiveWriter(Writer):
         known = [*self._p2m_patches(seen.found), (np.array([start_info_pfn]), start_info)]
         self._pending[seen.found.list_frames.astype(np.intp)] = True
         self._pending[start_info_pfn] = True
+        if self._postcopy:
+            self._leave_out(seen, contexts, start_info)
         sent = self._send_pending(Patches.of(known), final=True)
         before = self.image_bytes
+        if self._postcopy:
+            self._write_left_out()
         self._write_tail(seen, vcpus, contexts)
         nr_bytes = sent.nr_bytes + self.image_bytes - before
         seconds = time.monotonic() - started
         return Round(sent.nr_pages, sent.zero_pages, 0, nr_bytes, seconds)
+
+    def _leave_out(
+        self, seen: Seen, contexts: list[VcpuGuestContext], start_info: np.ndarray
+    ) -> None:
+        """Of what is pending take out all that the other end does not need to build the domain:
+        of ordinary pages all but the p2m's, start_info, the rings that it names and GDTs."""
+        left_out = self._pending & (self._page_types == PageType.NOTAB)
+        info = StartInfo.from_buffer_copy(start_info.tobytes())
+        needed = [contexts[0].user_regs.rdx, info.store_mfn, info.console_mfn]
+        for context in contexts:
+            needed += context.gdt_frames[: -(-context.gdt_ents // PER_PAGE)]
+        for pfns in (seen.found.frames, seen.found.list_frames, np.array(needed, np.uint64)):
+            left_out[pfns[pfns < np.uint64(left_out.size)].astype(np.intp)] = False
+        self._pending &= ~left_out
+        self.left_out = np.flatnonzero(left_out)
+        self.left_out_mfns = self._p2m[self.left_out].astype(np.int64)
+
+    def _write_left_out(self) -> None:
+        self._record(postcopy.PostcopyPfnsBegin())
+        for first in range(0, self.left_out.size, postcopy.MAX_PFNS):
+            some = self.left_out[first : first + postcopy.MAX_PFNS]
+            self._record(postcopy.PostcopyPfns.of(some))
+        self._record(postcopy.PostcopyTransition())
 
     def _send_pending(self, known: Patches, *, final: bool) -> Round:
         started = time.monotonic()

@@ -3,6 +3,8 @@
     live     log-dirty on -> rounds until the policy says stop (rounds.py) -> suspend -> the rest
              -> hand-over
     no live  suspend -> all of it -> hand-over
+    postcopy log-dirty on -> one round -> suspend -> what it takes to start the guest -> hand-over
+             -> what it wrote since, as it asks for it and by and by -> the source ends
 
 The conversation is xl's (host/handshake.py). What xl leaves open is closed by a journal at either
 end (host/handover): before GO is sent the source's process is told to hold, so that from then on
@@ -13,6 +15,9 @@ nothing but an explicit word resumes it, whatever becomes of this process:
                 report not 0 and permission: the source resumes
                 no report, or a Ctrl-C: the target's journal is asked which of the two it is
                 it cannot be asked: HandoverUndecided; the source stays suspended, held
+
+With post-copy the source stays held until all has come. If it, this process or the connection dies
+before that, the guest is lost: what is held is what it was before it ran at the target.
 """
 
 from __future__ import annotations
@@ -31,15 +36,18 @@ from xsave.errors import (
 )
 from xsave.guest.xen.domctl import Domctl
 from xsave.host.handover.journal import Journal, Journals, new_transaction
+from xsave.host.handover.patience import Patience
 from xsave.host.handover.recovery import LOST, MIGRATED, recover, undecided
 from xsave.host.handover.sender import HandingOver
 from xsave.host.handover.table import SOURCE, Step
 from xsave.host.host import Host
 from xsave.host.receivers import Target, connect
+from xsave.host.ssh import SshHost
 from xsave.host.transport import Channel, Receiver, measured_bandwidth
 from xsave.live import LiveWriter
+from xsave.postcopy import LeftOut
 from xsave.precopy import CANCEL, Limits
-from xsave.progress import Event, Finished, Report, Stage, ignore
+from xsave.progress import Event, Finished, Followed, Report, Stage, ignore
 from xsave.rounds import DryRun, Precopy, dry_run
 from xsave.save import Writer
 
@@ -48,7 +56,8 @@ from xsave.save import Writer
 class Options:
     """How to migrate.
 
-    bandwidth: bytes a second at most; dirty_log: userfaultfd, compare or auto, what there is.
+    bandwidth: bytes a second at most; dirty_log: userfaultfd, compare or auto, what there is;
+    postcopy: after one round the guest goes, and its memory follows.
     """
 
     live: bool = True
@@ -58,6 +67,22 @@ class Options:
     cpu_mismatch: str = "refuse"
     dirty_log: str = "auto"
     nr_connections: int = 1
+    postcopy: bool = False
+
+    def check(self, target: Target) -> None:
+        """Raise UsageError for what cannot be had together."""
+        if not self.postcopy:
+            return
+        if not isinstance(target, Host | SshHost):
+            raise UsageError(f"{target.name}: post-copy goes to another host, here or through ssh")
+        for wrong, what in (
+            (not self.live, "--no-live"),
+            (self.nr_connections > 1, "--connections"),
+            (self.compress_level is not None, "--compress"),
+            (self.limits.auto_converge, "--auto-converge"),
+        ):
+            if wrong:
+                raise UsageError(f"--postcopy and {what} exclude each other")
 
 
 @dataclass(frozen=True)
@@ -69,6 +94,8 @@ class MigrateResult:
     guest_downtime_ns is the guest's: the difference of its wall clock (Xen's, of shared_info, and
     the system time) between its suspend and its first moment at the target. freeze_ns is what came
     before: from asking the guest to suspend to knowing that it has.
+    postcopy_pages are those that came behind the guest (nr_pages counts them, too),
+    postcopy_faults those of them that it asked for before they were sent.
     """
 
     outcome: str
@@ -81,6 +108,8 @@ class MigrateResult:
     downtime_ns: int
     guest_downtime_ns: int
     freeze_ns: int
+    postcopy_pages: int = 0
+    postcopy_faults: int = 0
 
 
 def migrate(
@@ -99,8 +128,11 @@ def migrate(
         raise UsageError(f"the domain is on host {target.name} already")
     started = time.monotonic_ns()
     options = options or Options()
+    options.check(target)
     journals, transaction = Journals(domctl.machine.directory), new_transaction()
     chosen = {"cpu-mismatch": options.cpu_mismatch, "transaction": transaction}
+    if options.postcopy:
+        chosen["postcopy"] = ""
     with journals.begin(SOURCE, transaction, domctl.name, target.name) as journal:
         journal.note(domid=domctl.domid)
         domctl.journal = str(journal.path)
@@ -145,6 +177,7 @@ class Sender:
         self._suspended_ns = self._freeze_ns = 0
         self._dirty_log: str | None = None
         self._nr_rounds = 0
+        self._left_out: LeftOut | None = None
 
     def _stage(self, name: str, detail: str = "") -> None:
         self._report(Stage("migrate", name, detail))
@@ -169,17 +202,22 @@ class Sender:
             self._explain(e)
         handing = self._hand_over(channel)
         downtime_ns = (handing.reported_ns or time.monotonic_ns()) - self._suspended_ns
+        if behind := self._left_out:
+            seconds = (time.monotonic_ns() - handing.reported_ns) / 1e9
+            self._report(Followed("migrate", behind.nr_sent, behind.nr_faults, seconds))
         return MigrateResult(
             outcome="migrated",
             dirty_log=self._dirty_log,
             nr_rounds=self._nr_rounds,
-            nr_pages=writer.nr_pages,
+            nr_pages=writer.nr_pages + (behind.nr_sent if behind else 0),
             bytes_sent=channel.wire_bytes(),
             memory_bytes=info.memory_bytes,
             total_ns=0,
             downtime_ns=downtime_ns,
             guest_downtime_ns=self._guest_downtime_ns(downtime_ns),
             freeze_ns=self._freeze_ns,
+            postcopy_pages=behind.nr_sent if behind else 0,
+            postcopy_faults=behind.nr_faults if behind else 0,
         )
 
     def _guest_downtime_ns(self, downtime_ns: int) -> int:
@@ -208,12 +246,15 @@ class Sender:
         self._stage("log dirty", log.kind)
         try:
             zeroes = self._receiver.zeroes
-            writer = LiveWriter(self._domctl, channel.write, self._relabel, log, zeroes=zeroes)
+            postcopy = self._options.postcopy
+            writer = LiveWriter(
+                self._domctl, channel.write, self._relabel, log, zeroes=zeroes, postcopy=postcopy
+            )
             writer.begin()
             rounds = Precopy(
                 self._domctl, writer, self._options.limits, self._report, channel.wire_bytes
             )
-            decision = rounds.run()
+            decision = rounds.run_once() if postcopy else rounds.run()
             self._nr_rounds = rounds.nr_rounds + 1  # the last one is sent by finish()
             if decision.action == CANCEL:
                 raise MigrationCancelled(
@@ -221,6 +262,11 @@ class Sender:
                 )
             self._suspend()
             writer.finish()
+            if postcopy:
+                self._left_out = LeftOut(
+                    self._domctl, writer.left_out, writer.left_out_mfns, channel.write,
+                    channel.flush, self._report, self._options.bandwidth,
+                )  # fmt: skip
         except XsaveError:  # after a Ctrl-C the connection is not to be asked: it is closed
             with suppress(XsaveError):
                 log.off()
@@ -240,13 +286,20 @@ class Sender:
     def _hand_over(self, channel: Channel) -> HandingOver:
         """Hand over; return when the guest is the target's. Raises what went wrong when it goes on
         here, HandoverUndecided if neither is known."""
-        handing = HandingOver(self._domctl, self._journal, channel, self._receiver.output)
-        end, wrong = handing.run()
+        with Patience(self._told_to_stop) as patience:
+            handing = HandingOver(
+                self._domctl, self._journal, channel, self._receiver.output, self._left_out,
+                patience.begin if self._left_out else lambda: None,
+            )  # fmt: skip
+            end, wrong = handing.run()
         if end == "unknown":
             self._ask(wrong)
         elif end == "kept":
             self._explain(wrong or _could_not_start(handing.status))
         return handing
+
+    def _told_to_stop(self) -> None:
+        self._stage("wait", "the guest runs there: this goes on until all of it has come")
 
     def _ask(self, wrong: BaseException | None) -> None:
         """Nobody has said how it ended: ask both journals. Return if the guest is the target's."""

@@ -23,6 +23,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 CONTINUE, STOP, CANCEL = "continue", "stop-and-copy", "cancel"
+#: Not decided here: what was asked for.
+POSTCOPY = "post-copy"
 DEFAULT_DOWNTIME_S = 0.3
 DEFAULT_TIMEOUT_S = 120.0
 MAX_ROUNDS = 30

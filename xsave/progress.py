@@ -70,7 +70,18 @@ class Decided:
     throttle_percent: int = 0
 
 
-Event = Stage | Pages | Finished | Round | Decided
+@dataclass(frozen=True)
+class Followed:
+    """The pages that were left out of a migration have followed the guest; nr_faults of them it
+    asked for, seconds from the report of the hand-over on."""
+
+    operation: str
+    nr_pages: int
+    nr_faults: int
+    seconds: float
+
+
+Event = Followed | Stage | Pages | Finished | Round | Decided
 Report = Callable[[Event], None]
 
 

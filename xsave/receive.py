@@ -20,7 +20,8 @@ from xsave.host import handshake
 from xsave.host.channel import open_joined, open_source
 from xsave.host.handover.journal import Journal, Journals, new_transaction
 from xsave.host.handover.play import play
-from xsave.host.handover.table import RECEIVER, TARGET, Message, Step
+from xsave.host.handover.table import RECEIVER, RECEIVER_POSTCOPY, TARGET, Message, Step
+from xsave.postponed import Postponed
 from xsave.progress import Report, ignore
 from xsave.restore import MakeDomain, restore
 
@@ -37,6 +38,7 @@ _MESSAGES = {
     Message.STARTED: (handshake.REPORT + handshake.STATUS_OK, "the report"),
     Message.FAILED: (handshake.REPORT + handshake.STATUS_FAIL, "the report"),
     Message.PERMISSION: (handshake.PERMISSION, "the permission"),
+    Message.COMPLETED: (handshake.COMPLETED, "that all has come"),
 }
 
 
@@ -58,14 +60,18 @@ def receive(
     transaction: str | None = None,
     nr_frames: int,
     cpu_mismatch: str = "refuse",
+    postponed: Postponed | None = None,
     report: Report = ignore,
 ) -> Received:
     """Take an image from `channel` ("-": stdin; or the descriptors of several connections), start
     its guest at the sender's GO.
 
     Messages go to the descriptor `output`. transaction: the sender's, one of our own if it has
-    none (xl). Raises what restore raises, and ConnectionLost without a go-ahead; nothing is left
-    here then.
+    none (xl). postponed, of this very connection: the guest may run before all of its memory is
+    here, make_domain gives the domain its descriptors; this returns when all has come.
+
+    Raises what restore raises, and ConnectionLost without a go-ahead; nothing is left here then.
+    StorageError if the guest runs and the rest of its memory never comes.
     """
     transaction = transaction or new_transaction()
     with journals.begin(TARGET, transaction, "") as journal:
@@ -77,7 +83,7 @@ def receive(
                 else open_joined(channel, SILENCE_TIMEOUT_S)
             )
             with opened as source:
-                taking = _Taking(make_domain, source, output, journal)
+                taking = _Taking(make_domain, source, output, journal, postponed)
                 info = restore(
                     source,
                     taking.make,
@@ -85,6 +91,7 @@ def receive(
                     cpu_mismatch=cpu_mismatch,
                     nr_frames=nr_frames,
                     until_end=False,
+                    postponed=postponed,
                     start=taking.hand_over,
                     report=report,
                 )
@@ -99,14 +106,21 @@ class _Taking:
     """The receiver's end of a hand-over: the rows of RECEIVER."""
 
     def __init__(
-        self, make_domain: MakeDomain, source: Source, output: int, journal: Journal
+        self,
+        make_domain: MakeDomain,
+        source: Source,
+        output: int,
+        journal: Journal,
+        postponed: Postponed | None,
     ) -> None:
         self._make_domain = make_domain
         self._source = source
         self._output = output
         self._journal = journal
+        self._postponed = postponed
         self._domctl: Domctl | None = None
         self._info: DomainInfo | None = None
+        self._lost: XsaveError | None = None
 
     @property
     def resumed_ns(self) -> int:
@@ -126,7 +140,10 @@ class _Taking:
     def hand_over(self, domctl: Domctl) -> DomainInfo:
         """Offer the complete copy, and run it if it becomes the guest."""
         self._domctl = domctl
-        end, wrong = play(RECEIVER, "complete", self)
+        early = self._postponed is not None and self._postponed.begun
+        end, wrong = play(RECEIVER_POSTCOPY if early else RECEIVER, "complete", self)
+        if self._lost:
+            raise self._lost
         if end == "taken" and self._info is not None:
             return self._info
         raise wrong or ConnectionLost("the copy was given up")
@@ -152,10 +169,16 @@ class _Taking:
         assert domctl is not None
         if step == Step.OFFER:
             self._journal.take(step)
-        elif step == Step.TAKE_OVER:
+        elif step in (Step.TAKE_OVER, Step.TAKE_OVER_EARLY):
             domctl.attach_disks()  # the sender has given them up
             domctl.rename(domctl.name.removesuffix(INCOMING_SUFFIX))
             self._info = domctl.unpause()
+        elif step == Step.COMPLETE:
+            try:
+                domctl.wait_filled()
+            except XsaveError as e:
+                self._lost = e
+                raise
         else:
             self._abandon(domctl)
 

@@ -21,7 +21,7 @@ from xsave.domconfig import read_config, renamed, with_disk_files
 from xsave.errors import HostCannotTake, ImageError, UsageError
 from xsave.guest.xen.cpuid import missing_features
 from xsave.guest.xen.domctl import DomainInfo, DomainState, Domctl
-from xsave.image import libxc, xl
+from xsave.image import libxc, postcopy, xl
 from xsave.image.pageindex import PageIndex
 from xsave.image.pages import PageBatch
 from xsave.image.stream import GO_MESSAGE, Item, StreamDecoder
@@ -29,6 +29,7 @@ from xsave.lazy import Lazy, LazyMemory
 from xsave.p2m import largest
 from xsave.parts import Parts
 from xsave.placing import Memory
+from xsave.postponed import Postponed, PostponedMemory
 from xsave.progress import Finished, Pages, Report, Stage, ignore
 from xsave.settling import Settler
 
@@ -63,6 +64,7 @@ def restore(
     suffix: str = "",
     until_end: bool = True,
     lazy: Lazy | None = None,
+    postponed: Postponed | None = None,
     start: Callable[[Domctl], DomainInfo] | None = None,
     report: Report = ignore,
 ) -> DomainInfo:
@@ -72,6 +74,8 @@ def restore(
     for. disk_files are absolute paths, by vdev, in the place of those the image names.
     lazy, of this very source: only an index of the pages is read, and the domain has them brought
     when they are touched, or by and by; it starts at once. make_domain gives it lazy.descriptors.
+    postponed: the stream may leave pages out that come when the guest runs, by the connection that
+    make_domain gives the domain (postponed.descriptors).
     A migration takes the domain under its name with a suffix, does not look for the end of
     the input behind the image, and hands over in start, which lets the complete domain run.
     Raises ImageError, HostCannotTake, OutOfFrames, NameTaken, StorageError, UsageError.
@@ -79,8 +83,9 @@ def restore(
     started = time.monotonic()
     report(Stage("restore", "read"))
     reader = Reader(
-        source, make_domain, name, suffix, cpu_mismatch, disk_files or {}, nr_frames, report, lazy
-    )
+        source, make_domain, name, suffix, cpu_mismatch, disk_files or {}, nr_frames, report,
+        lazy, postponed,
+    )  # fmt: skip
     try:
         domctl = reader.run(until_end)
         if not paused:
@@ -119,9 +124,11 @@ class Reader:
         nr_frames: int,
         report: Report,
         lazy: Lazy | None = None,
+        postponed: Postponed | None = None,
     ) -> None:
         self._source = source
         self._lazy = lazy
+        self._postponed = postponed
         self._make_domain = make_domain
         self._name = name
         self._suffix = suffix
@@ -144,7 +151,8 @@ class Reader:
 
     def run(self, until_end: bool) -> Domctl:
         whole = None if self._lazy is None else self._lazy.image.whole
-        decoder = StreamDecoder(self._source.read, whole=whole)
+        postcopy = self._postponed is not None
+        decoder = StreamDecoder(self._source.read, whole=whole, postcopy=postcopy)
         for item in decoder:
             handler = _HANDLERS.get(type(item.value))
             if handler:
@@ -153,6 +161,8 @@ class Reader:
             self._check_tail(decoder)
         if self._memory is None or self._domctl is None:
             raise ImageError("the image has no X86_PV_P2M_FRAMES record", offset=decoder.position)
+        if self._postponed and self._postponed.begun and not self._postponed.whole:
+            raise ImageError("what is to come later was not named", offset=decoder.position)
         self._report(Stage("restore", "settle", "page tables, p2m, vCPUs"))
         self._check_vcpus(decoder.position)
         assert self._settler is not None
@@ -268,7 +278,9 @@ class Reader:
             warm=bool(self._suffix),  # while pages come, the guest still runs there
             seed=config.seed,
         )
-        if self._lazy is None:
+        if self._postponed is not None:
+            self._memory = PostponedMemory(self._domctl, p2m_size, self._postponed)
+        elif self._lazy is None:
             self._memory = Memory(self._domctl, p2m_size, live=bool(self._suffix))
         else:
             self._memory = LazyMemory(self._domctl, p2m_size, self._lazy)
@@ -292,6 +304,18 @@ class Reader:
         assert isinstance(self._memory, LazyMemory)  # only such a restore asks for indexes
         self._memory.place_index(item.value)
         self._report_pages()
+
+    def _postcopy_begin(self, _item: Item) -> None:
+        assert self._postponed is not None  # the decoder refuses it else
+        self._postponed.begun = True
+
+    def _postcopy_pfns(self, item: Item) -> None:
+        assert isinstance(self._memory, PostponedMemory)
+        self._memory.postpone(item.value.pfns, item.offset)
+
+    def _postcopy_transition(self, _item: Item) -> None:
+        assert self._postponed is not None
+        self._postponed.whole = True
 
     def _report_pages(self) -> None:
         assert self._memory is not None
@@ -354,6 +378,9 @@ _HANDLERS: dict[type, Callable[[Reader, Item], None]] = {
     libxc.X86PvP2mFrames: Reader._p2m_frames,
     PageBatch: Reader._page_data,
     PageIndex: Reader._page_index,
+    postcopy.PostcopyBegin: Reader._postcopy_begin,
+    postcopy.PostcopyPfns: Reader._postcopy_pfns,
+    postcopy.PostcopyTransition: Reader._postcopy_transition,
     libxc.X86TscInfo: Reader._tsc_info,
     libxc.SharedInfo: Reader._shared_info,
     libxc.X86PvVcpuBasic: Reader._vcpu,

@@ -16,7 +16,7 @@ from xsave.frames import PAGE_SIZE
 from xsave.guest.xen.domctl import Domctl
 from xsave.live import LiveWriter
 from xsave.live import Round as Sent
-from xsave.precopy import CONTINUE, Decision, Limits, Progress, Stats, decide, simulate
+from xsave.precopy import CONTINUE, POSTCOPY, Decision, Limits, Progress, Stats, decide, simulate
 from xsave.progress import Decided, Report, Round
 
 #: What a stop takes besides looking once more and sending: the vCPUs, the page tables at the other
@@ -67,6 +67,18 @@ class Precopy:
                 self._throttle = decision.throttle_percent
                 self._domctl.throttle(self._throttle)
                 self._progress.begin_anew()
+
+    def run_once(self) -> Decision:
+        """Send one round, behind which the guest is to go whatever is left: post-copy."""
+        before = self._wire_bytes()
+        sent = self._writer.send_round()
+        self.nr_rounds += 1
+        stats = self._measure(sent, self._wire_bytes() - before)
+        pages = stats.pending_bytes // PAGE_SIZE
+        reason = f"one round is through, what was written since ({pages} pages) follows the guest"
+        decision = Decision(POSTCOPY, reason, stats.overhead_s)
+        self._tell(sent, stats, decision)
+        return decision
 
     def _measure(self, sent: Sent, wire_bytes: int) -> Stats:
         time.sleep(max(_MIN_ROUND_S - sent.seconds, 0.0))

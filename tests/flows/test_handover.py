@@ -24,10 +24,10 @@ from tests.flows.flow import (
     create,
     nothing_is_left,
     processes,
-    runs_on,
     state,
     wait_for,
 )
+from tests.flows.moving import migrate, one_runs, recover_all
 from xsave.errors import NotFound
 from xsave.host import handshake, prestart
 from xsave.host.handover import table
@@ -50,40 +50,6 @@ def hosts(localhost, monkeypatch):
     create(localhost, cmdline=BUSY)
     wait_for(lambda: "TICK 1" in console(localhost))
     return localhost, target
-
-
-def migrate(source, target, **faults):
-    """Migrate g as the command does, with faults; return exit code and what was said."""
-    arguments = [*("--host", source.name), "migrate", "g", "--to", target.name]
-    command = [sys.executable, "-m", "tests.flows.faulty", json.dumps(faults), *arguments]
-    ended = subprocess.run(
-        command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False
-    )
-    return ended.returncode, ended.stderr
-
-
-def recover_all(xsave, *hosts):
-    """Recover at every host; there is room again. Twice: the second time nothing is left to do."""
-    for host in hosts:
-        (host.directory / faulty.FULL).unlink(missing_ok=True)
-    for host in hosts:
-        assert xsave("--host", host.name, "migrate", "--recover").code == 0
-    for host in hosts:
-        said = xsave.json("--host", host.name, "migrate", "--status")
-        assert all(one["finished"] for one in said), said
-        assert xsave.json("--host", host.name, "migrate", "--recover") == []
-
-
-def one_runs(*hosts):
-    """Assert that one copy runs all else being as if there had been no other; return where."""
-    wait_for(lambda: sum(len(host.domains()) for host in hosts) == 1)
-    (where,) = [host for host in hosts if state(host)]
-    runs_on(where)
-    assert "CHECK FAILED" not in console(where)
-    for host in hosts:
-        if host is not where:
-            nothing_is_left(host)
-    return where
 
 
 @pytest.mark.parametrize("when", ["before", "behind"])

@@ -5,16 +5,15 @@ The domain's process has a child that stands guard over the process that brings 
 
 from __future__ import annotations
 
-import contextlib
 import os
 import signal
 import threading
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
 
+from tests.flows.bringing import filler, guard, only_process
 from tests.flows.flow import (
     MIB,
     all_free,
@@ -63,33 +62,6 @@ def make_image(host, path, **options):
 def image(host, tmp_path):
     """The image of such a guest, with one vCPU."""
     return make_image(host, tmp_path / "img")
-
-
-def only_process(host):
-    """Return the pid of the one domain process, whoever its children are."""
-    pids = processes(host)
-    return next(pid for pid in pids if _parent(pid) not in pids)
-
-
-def _parent(pid):
-    with contextlib.suppress(OSError):
-        return int(Path(f"/proc/{pid}/stat").read_text().rsplit(") ", 1)[1].split()[1])
-    return None
-
-
-def child(host, parent):
-    """Return the pid of a domain process that another one started, None if there is none."""
-    return next((pid for pid in processes(host) if _parent(pid) == parent), None)
-
-
-def guard(host):
-    """Return the pid of the process that stands guard, None if all has come."""
-    return child(host, only_process(host))
-
-
-def filler(host):
-    """Return the pid of the process that brings the pages."""
-    return wait_for(lambda: child(host, guard(host)))
 
 
 def stop_filler(host):

@@ -15,14 +15,16 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from xsave.host.handover import table
-from xsave.host.handover.table import Act, State, Step, Verdict
+from xsave.host.handover.table import Act, Message, State, Step, Verdict
 
 DEAD = "dead"
 #: A domain at the source: under the sender's lease (it runs, or will if the sender dies), held, on
 #: its own, gone.
 LEASED, HELD, FREE, GONE = "leased", "held", "free", "gone"
-#: A domain at the target: paused and the receiver's; running; gone.
+#: A domain at the target: paused and the receiver's; running; gone. With post-copy it runs in part,
+#: or whole and nobody has written that down, or is stopped as the rest never came.
 COPY, RUNS = "copy", "runs"
+PART, WHOLE, STOPPED = "part", "whole", "stopped"
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,12 @@ class Tables:
     receiver: tuple = table.RECEIVER
     verdicts: dict = None
     careful: bool = True
+
+    @classmethod
+    def postcopy(cls, **changes):
+        """Those of a migration with post-copy."""
+        rows = {"sender": table.SENDER_POSTCOPY, "receiver": table.RECEIVER_POSTCOPY}
+        return cls(**{**rows, **changes})
 
     def __post_init__(self):
         object.__setattr__(self, "steps", {**table.STEPS, **(self.steps or {})})
@@ -112,11 +120,15 @@ class Model:
             yield lost
             inbox = "to_source" if who == "sender" else "to_target"
             queue = getattr(w, inbox)
+            if place == "served" and queue and queue[0] == Message.STARTED:
+                yield w._replace(**{inbox: queue[1:]})  # the receiver's, behind the other
             for row in here:
                 if queue and queue[0] == row.what:
                     yield w._replace(**{who: row.then, inbox: queue[1:]})
         elif row.act == Act.SEND:
             yield lost
+            if row.what == Message.PAGES and w.here != HELD:
+                return  # they are not the guest's any more
             outbox = "to_target" if who == "sender" else "to_source"
             sent = {outbox: (*getattr(w, outbox), row.what)}
             yield w._replace(**{who: row.then, **sent})
@@ -136,6 +148,11 @@ class Model:
             if state:
                 yield w._replace(target=state, receiver=row.then)
                 yield w._replace(target=state, receiver=row.lost)
+            yield w._replace(receiver=row.lost)
+            return
+        if row.what == Step.COMPLETE:  # the domain's process writes that, and says so
+            if w.target == State.RUNNING and w.there == RUNS:
+                yield w._replace(receiver=row.then)
             yield w._replace(receiver=row.lost)
             return
         asked, answer = (
@@ -221,6 +238,8 @@ class Model:
             for after in self._serve_there(w2, step):
                 answer = ("yes" if after != w2 else "no") if waits else ""
                 yield after._replace(answer_there=answer)
+        elif w.there in (PART, WHOLE, STOPPED):
+            yield from self._pages(w)
         elif w.receiver not in {row.at for row in self.tables.receiver} and w.there == COPY:
             state = self.tables.after(w.target, Step.ABANDON)
             if state:
@@ -229,9 +248,29 @@ class Model:
         for step in w.late_there:
             yield from self._serve_there(w._replace(late_there=w.late_there - {step}), step)
 
+    def _pages(self, w):
+        """A guest whose memory follows it. The connection may be cut at any time, and is when the
+        sender has ended; the pages are the source's, held."""
+        if w.there == PART:
+            written = self.tables.after(w.target, Step.LOSE)
+            yield w._replace(there=STOPPED)
+            if written:
+                yield w._replace(there=STOPPED, target=written)
+            if w.to_target and w.to_target[0] == Message.PAGES:
+                yield w._replace(there=WHOLE, to_target=w.to_target[1:])
+        else:
+            step, there = (Step.COMPLETE, RUNS) if w.there == WHOLE else (Step.LOSE, STOPPED)
+            written = self.tables.after(w.target, step)
+            if written and written != w.target:
+                yield w._replace(there=there, target=written)
+
     def _serve_there(self, w, step):
         yield w
         state = self.tables.after(w.target, step)
+        if step == Step.TAKE_OVER_EARLY and w.there == COPY and state:
+            said = (*w.to_source, Message.STARTED)  # by the process that fetches pages
+            yield w._replace(target=state, there=PART, to_source=said)
+            yield w._replace(target=state, there=PART)
         if step == Step.TAKE_OVER and w.there == COPY and state:
             yield w._replace(target=state, there=RUNS)
         elif step == Step.ABANDON and w.there == COPY and state:
@@ -326,13 +365,18 @@ class Model:
 
     def wrong(self, w):
         """Return what is wrong with a world, "" if nothing is."""
-        if w.there == RUNS and w.here in (LEASED, FREE):
+        if w.there in (RUNS, PART, WHOLE) and w.here in (LEASED, FREE):
             return "two copies run"
+        if w.there == STOPPED and w.here in (LEASED, FREE):
+            return "an older copy runs than the guest was"
+        if w.there == PART and w.here != HELD and not w.deaths:
+            return "the guest's memory is gone before it came"
         return self._wrong_when_settled(w)
 
     def _wrong_when_settled(self, w):
         """Everybody dies, what was asked is done, both ends recover: one copy must be left."""
         core = (*w[:4], w.asked_here, w.asked_there, w.late_here, w.late_there, w.deaths)
+        core += (Message.PAGES in w.to_target,)
         if core not in self._settled:
             self._settled[core] = self._settle_both_ways(w)
         return self._settled[core]
@@ -342,10 +386,15 @@ class Model:
             for late_first in (False, True):
                 end = self._settle(w, order, late_first)
                 running = (end.here == FREE) + (end.there == RUNS)
+                # What was lost on its way: a person says what becomes of what is held.
+                lost = (end.here, end.there, end.target) == (HELD, STOPPED, State.LOST)
+                if lost and not w.deaths:
+                    continue
                 if running > 1 or (not running and not w.deaths):
                     return f"{running} copies run when all is recovered ({order}): {end}"
                 # One that ran, and whose process died: a person says what becomes of the other.
-                died = w.deaths and (end.target, end.there) == (State.RUNNING, GONE)
+                died = w.deaths and end.target == State.RUNNING and end.there == GONE
+                died |= w.deaths and end.target in (State.PARTIAL, State.LOST)
                 if end.there == COPY or (end.here in (LEASED, HELD) and not died):
                     return f"a copy is left when all is recovered ({order}): {end}"
                 verdict = self.tables.verdicts.get((end.source, end.target))

@@ -14,26 +14,33 @@ from xsave.host.handover.table import Act, Message, Row, State, Step, Verdict
 S = State
 
 
-def test_one_copy_runs_in_every_world():
+@pytest.fixture(params=[Tables, Tables.postcopy], ids=["plain", "postcopy"])
+def tables(request):
+    """The tables of a migration, without post-copy and with it."""
+    return request.param()
+
+
+def test_one_copy_runs_in_every_world(tables):
     """Whatever is lost, late or dies, with a recovery at either end at any time: never two running
-    copies; and once both ends recover, exactly one, and no other is left."""
-    nr_worlds, wrong, _ = explore(Model())
+    copies; and once both ends recover, exactly one, and no other is left. With post-copy it may be
+    that none is: a guest that was lost on its way is stopped, and what is held stays held."""
+    nr_worlds, wrong, _ = explore(Model(tables))
     assert wrong == ""
     assert nr_worlds > 40_000
 
 
 @pytest.mark.slow
-def test_two_recoveries_of_one_end():
+def test_two_recoveries_of_one_end(tables):
     """The same with two recoveries at the source at a time."""
-    nr_worlds, wrong, _ = explore(Model(recoveries=(SOURCE_SIDE, SOURCE_SIDE)))
+    nr_worlds, wrong, _ = explore(Model(tables, recoveries=(SOURCE_SIDE, SOURCE_SIDE)))
     assert wrong == ""
     assert nr_worlds > 60_000
 
 
-def test_domains_die_too():
+def test_domains_die_too(tables):
     """The processes of the domains themselves may die at any moment: a guest is lost with its own,
     but no second copy of it ever runs, and recoveries leave none that waits."""
-    nr_worlds, wrong, _ = explore(Model(recoveries=(SOURCE_SIDE,), mortal=True))
+    nr_worlds, wrong, _ = explore(Model(tables, recoveries=(SOURCE_SIDE,), mortal=True))
     assert wrong == ""
     assert nr_worlds > 10_000
 
@@ -51,12 +58,18 @@ def test_all_of_the_tables_is_explored():
             return super().next(w)
 
     explore(Watching(recoveries=(SOURCE_SIDE,)))
-    rows = (*table.SENDER, *table.RECEIVER)
+    explore(Watching(Tables.postcopy(), recoveries=(SOURCE_SIDE,)))
+    rows = (*table.SENDER, *table.RECEIVER, *table.SENDER_POSTCOPY, *table.RECEIVER_POSTCOPY)
     assert {row.at for row in rows} | table.SENDER_ENDS | table.RECEIVER_ENDS <= places
     # A guest that ends is not in the model, nor is a host that is lost with its journals.
     beyond = {S.ENDED, S.UNKNOWN}
     assert set(S) - states == beyond
-    by_hand = {(S.GIVEN_UP, S.ABANDONED)}  # somebody destroyed the guest while it was held
+    by_hand = {  # somebody destroyed the guest, or let it run, while it was held
+        (S.GIVEN_UP, S.ABANDONED),
+        (S.GIVEN_UP, S.PARTIAL),
+        (S.GIVEN_UP, S.LOST),
+        (S.TAKEN_BACK, S.LOST),
+    }
     assert {pair for pair in table.VERDICTS if not beyond & set(pair)} - pairs == by_hand
 
 
@@ -119,6 +132,27 @@ MUTATIONS = {
         verdicts={(S.HELD, S.ABANDONED): Verdict.NOTHING}
     ),
     "a recovery that does not look twice": Tables(careful=False),
+    "given up before the pages are sent": Tables.postcopy(
+        sender=changed(table.SENDER_POSTCOPY, "asked", Message.STARTED, then="won")
+    ),
+    "given up before the pages have come": Tables.postcopy(
+        sender=changed(table.SENDER_POSTCOPY, "behind", Message.PAGES, then="won")
+    ),
+    "taken back when the connection breaks": Tables.postcopy(
+        sender=changed(table.SENDER_POSTCOPY, "behind", Message.PAGES, lost="unsaid")
+    ),
+    "said to have come before it is written down": Tables.postcopy(
+        receiver=changed(table.RECEIVER_POSTCOPY, "partial", Step.COMPLETE, lost="whole")
+    ),
+    "what is held goes on when the guest was lost": Tables.postcopy(
+        verdicts={(S.HELD, S.LOST): Verdict.KEEP}
+    ),
+    "what is held is given up when the guest was lost": Tables.postcopy(
+        verdicts={(S.HELD, S.LOST): Verdict.HAND_ON}
+    ),
+    "a copy that runs in part may be abandoned": Tables.postcopy(
+        steps=allowing(Step.ABANDON, S.PARTIAL)
+    ),
 }
 
 

@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
+import os
+import signal
+
 import pytest
 
-from tests.flows.flow import MIB, create, nothing_is_left, runs_on, state, wait_for_tick
+from tests.flows.flow import (
+    MIB,
+    console,
+    create,
+    nothing_is_left,
+    runs_on,
+    state,
+    wait_for,
+    wait_for_tick,
+)
 from tests.flows.live import Oracle, migrate_live
-from xsave.errors import ConnectionLost, NotFound, StorageError, UsageError
+from xsave.errors import ConnectionLost, HandoverUndecided, NotFound, StorageError, UsageError
 from xsave.guest.xen.domctl import Domctl
 from xsave.host.asking import ask
 from xsave.host.receivers import SshReceiver
 from xsave.host.ssh import SshHost
-from xsave.progress import Round
+from xsave.progress import Round, Stage
 
 #: Writes all of its 4 MiB ten times a second, makes and destroys page tables without rest.
 HEAVY = "touch=1M write=4M rate=40M rest=2"
@@ -191,3 +203,35 @@ def test_batch_mode_without_a_terminal(by_ssh, monkeypatch):
     command = ssh.ssh_command(by_ssh, ["list"])
     assert command[:4] == ["ssh", "-T", "--", "far"]
     assert SshReceiver.zeroes
+
+
+def test_postcopy(host, far, by_ssh):
+    """The rest of the memory follows the guest through the same ssh; its receiver stays until all
+    has come, or the connection would be closed."""
+    start(host)
+    result = migrate_live(host, by_ssh, postcopy=True, bandwidth=8 * MIB)
+    assert result.postcopy_pages > 200
+    assert result.guest_downtime_ns != result.downtime_ns
+    moved(host, far)
+    assert "CHECK FAILED" not in console(far)
+
+
+def test_postcopy_is_cut(host, far, by_ssh, monkeypatch):
+    """ssh dies while the memory follows: the guest is lost, and both ends say so."""
+    pids = []
+    begun = SshReceiver.__init__
+
+    def noted(receiver, *arguments):
+        begun(receiver, *arguments)
+        pids.append(receiver.pid)
+
+    def cut(event):
+        if isinstance(event, Stage) and event.name == "post-copy":
+            os.kill(pids[0], signal.SIGKILL)
+
+    monkeypatch.setattr(SshReceiver, "__init__", noted)
+    start(host)
+    with pytest.raises(HandoverUndecided):
+        migrate_live(host, by_ssh, postcopy=True, bandwidth=8 * MIB, report=cut)
+    assert state(host) == "suspended"
+    wait_for(lambda: state(far) == "crashed")

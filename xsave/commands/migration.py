@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
@@ -33,6 +34,11 @@ _OUTCOMES: tuple[tuple[type[BaseException], str], ...] = (
     (MigrationCancelled, "cancelled"),
     (HandoverUndecided, "undecided"),
     (KeyboardInterrupt, "interrupted"),
+)
+#: Said before: in the help, the prompt and the man page (tests compare).
+RISK = (
+    "If the source, this command or the connection dies before all of its memory has come, the "
+    "guest is lost."
 )
 ENDINGS = ("stop-and-copy", "cancel")
 
@@ -79,6 +85,8 @@ ENDINGS = ("stop-and-copy", "cancel")
     default=1,
     help=f"Send over so many connections at once (1 to {MAX_CONNECTIONS}, 1).",
 )
+@click.option("--postcopy", is_flag=True, help=f"Start it there after one round. {RISK}")
+@click.option("-y", "--yes", is_flag=True, help="With --postcopy: do not ask.")
 @click.option("--compress", is_flag=True, help="Send zstd.")
 @click.option(
     "--compress-level",
@@ -116,6 +124,11 @@ def migrate(settings: Settings, /, name: str | None, target: str | None, **optio
     if options["no_live"] and options["dry_run"]:
         raise UsageError("--no-live and --dry-run exclude each other")
     destination = open_target(target)
+    chosen.check(destination)
+    if options["postcopy"] and options["dry_run"]:
+        raise UsageError("--postcopy and --dry-run exclude each other")
+    if options["postcopy"] and not options["yes"]:
+        warn(settings)
     with settings.find(name or only_domain(settings)) as domctl:
         if options["dry_run"]:
             planned = verb.estimate(domctl, chosen)
@@ -130,6 +143,14 @@ def migrate(settings: Settings, /, name: str | None, target: str | None, **optio
             console.emit_json_line({"name": domctl.name, "host": target, **asdict(result)})
         else:
             settings.say(sentence(domctl.name, target, result))
+
+
+def warn(settings: Settings) -> None:
+    """Say what post-copy risks; ask, where there is somebody. Raises click.Abort."""
+    if sys.stdin.isatty() and sys.stderr.isatty():
+        click.confirm(f"{RISK} Go on?", abort=True, err=True)
+    else:
+        settings.say(f"{RISK}")
 
 
 def read_options(options: dict[str, Any]) -> Options:
@@ -155,6 +176,7 @@ def read_options(options: dict[str, Any]) -> Options:
         cpu_mismatch=options["cpu_mismatch"],
         dirty_log=dirty_log,
         nr_connections=options["connections"],
+        postcopy=options["postcopy"],
     )
 
 
@@ -189,6 +211,8 @@ def sentence(name: str, target: str, result: MigrateResult) -> str:
     said = f"{name}: now on {target}, downtime {result.downtime_ns / 1e6:.0f} ms"
     if not result.nr_rounds:
         return said
+    if result.postcopy_pages:
+        said += f", {result.postcopy_pages} pages behind it ({result.postcopy_faults} asked for)"
     sent, memory = result.bytes_sent, result.memory_bytes
     return (
         f"{said} ({result.guest_downtime_ns / 1e6:.0f} ms for the guest), "

@@ -15,7 +15,7 @@ import click
 from xsave import console
 from xsave.commands.common import Settings, json_option, pass_settings
 from xsave.commands.flows import STDIO, cpu_mismatch_option, domain_maker
-from xsave.errors import StorageError, XsaveError
+from xsave.errors import StorageError, UsageError, XsaveError
 
 if TYPE_CHECKING:
     from socket import socket
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from xsave.host.address import Listener
     from xsave.host.prestart import WaitingProcess
     from xsave.host.striping import Part
+    from xsave.postponed import Postponed
 
 
 @click.command("migrate-receive")
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 )
 @click.option("--part", metavar="ID/NUMBER/COUNT", help="Be one of several connections.")
 @click.option("--transaction", metavar="ID", help="The migration's id (default: a new one).")
+@click.option("--postcopy", is_flag=True, help="A part of the memory may follow the guest.")
 @cpu_mismatch_option
 @json_option
 @pass_settings
@@ -41,6 +43,7 @@ def migrate_receive(
     listen: str | None,
     part: str | None,
     transaction: str | None,
+    postcopy: bool,
     cpu_mismatch: str,
     as_json: bool,
 ) -> None:
@@ -49,12 +52,16 @@ def migrate_receive(
 
     settings.stdout_is_data = listen is None
     mine = Part.parse(part) if part else None
+    if postcopy and (mine or listen):
+        raise UsageError("--postcopy excludes --part and --listen")
     if mine and mine.number:
         join(settings.open_host().directory, mine, sys.stdin.fileno())
         return
     chosen = {"cpu-mismatch": cpu_mismatch, "transaction": transaction or ""}
     with settings.prestart() as process:
-        if listen is None:
+        if postcopy:
+            answer = take_early(settings, process, chosen)
+        elif listen is None:
             answer = take_at_stdin(settings, process, mine, chosen)
         else:
             with listening(settings, listen, as_json) as listener:
@@ -72,6 +79,7 @@ def take(
     channel: str | Sequence[int],
     output: int,
     chosen: dict[str, str],
+    postponed: Postponed | None = None,
 ) -> dict[str, Any]:
     """Take a domain from stdin or several descriptors; return the answer of the command."""
     from xsave import receive as verb
@@ -80,17 +88,34 @@ def take(
     host = settings.open_host()
     with settings.progress() as report:
         received = verb.receive(
-            domain_maker(host, process),
+            domain_maker(host, process, postponed.descriptors if postponed else ()),
             channel,
             output,
             Journals(host.directory),
             transaction=chosen["transaction"] or None,
             cpu_mismatch=chosen["cpu-mismatch"],
             nr_frames=host.nr_frames,
+            postponed=postponed,
             report=report,
         )
     more = {"resumed_ns": received.resumed_ns, "transaction": received.transaction}
     return asdict(received.info) | more
+
+
+def take_early(
+    settings: Settings, process: WaitingProcess, chosen: dict[str, str]
+) -> dict[str, Any]:
+    """Take a domain from stdin that may run before all of its memory is here.
+
+    Raises HostCannotTake if this host cannot do that: before the sender has sent anything."""
+    from xsave.host.filling import require_faults
+    from xsave.postponed import Postponed
+
+    host = settings.open_host()
+    require_faults(host.machine)
+    incoming, outgoing = sys.stdin.fileno(), sys.stdout.fileno()
+    with Postponed(incoming, outgoing, host.nr_frames) as postponed:
+        return take(settings, process, STDIO, outgoing, chosen, postponed)
 
 
 def take_at_stdin(

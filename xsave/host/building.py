@@ -256,7 +256,7 @@ class Building:
         }, b""
 
     def op_fill(self, _request: Request) -> Answer:
-        """Lazy restore: from here on pages are brought as they are touched."""
+        """Lazy restore, post-copy: from here on pages are brought as they are touched."""
         domain, filling = self._unbuilt(), self._running.filling
         filling.start()
         domain.before_free = filling.settle
@@ -267,7 +267,8 @@ class Building:
         if self._running.filling.lost:
             raise StorageError(f"the guest's memory cannot be read: {self._running.filling.lost}")
         self.committed = True
-        self._running.filling.go()
+        if not self._running.filling.from_source:  # else when it becomes the guest
+            self._running.filling.go()
         write_record(self._running.directory, name=self._running.name)
         return {}, b""
 

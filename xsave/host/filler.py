@@ -55,7 +55,7 @@ _PR_SET_PDEATHSIG = 1
 _ALL_WELL, _FAILED, _HAS_TOLD = 0, 1, 3
 
 
-class _Stopped(Exception):
+class Stopped(Exception):
     """The domain's process has gone."""
 
 
@@ -68,11 +68,18 @@ def fork_filler(
 ) -> int:
     """Start guard and filler; return the guard's pid. keep: descriptors they are to have without
     using them."""
+    return fork_bringer(Filler(missing, outstanding, image, sock), keep)
+
+
+def fork_bringer(bringer: Bringer, keep: Iterable[int]) -> int:
+    """Start a guard, and behind it the process that runs `bringer`; return the guard's pid."""
+    missing, sock = bringer.missing, bringer.sock
 
     def guard() -> int:
-        _close_all_but({2, missing.fd, image, sock.fileno(), *keep})
-        filler = Filler(missing, outstanding, image, sock)
-        pid = _fork(lambda: _fill(filler, sock))
+        _close_all_but({2, missing.fd, sock.fileno(), *bringer.sources, *keep})
+        pid = _fork(lambda: _fill(bringer, sock))
+        for source in set(bringer.sources):  # whoever is at its other end is to see that one die
+            os.close(source)
         status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
         if status != _ALL_WELL:
             if status != _HAS_TOLD:
@@ -113,10 +120,10 @@ def _tell(sock: socket.socket, message: dict[str, Any]) -> None:
         sock.sendall(json.dumps(message).encode() + b"\n")
 
 
-def _fill(filler: Filler, sock: socket.socket) -> int:
+def _fill(bringer: Bringer, sock: socket.socket) -> int:
     try:
-        filler.run()
-    except _Stopped:
+        bringer.run()
+    except Stopped:
         return _ALL_WELL
     except OSError as e:
         _tell(sock, {"error": e.strerror or str(e)})
@@ -137,17 +144,53 @@ def _let_go(missing: MissingPages, sock: socket.socket) -> None:
                 missing.zero(page)
 
 
-class Filler:
-    """Puts the outstanding pages in place."""
+class Bringer:
+    """Puts pages in place that are waited for, or not yet. sources: the descriptors that it has
+    them from; sock: the domain's process, which says GO."""
+
+    sources: tuple[int, ...] = ()
+
+    def __init__(
+        self, missing: MissingPages, outstanding: Outstanding, sock: socket.socket
+    ) -> None:
+        self.missing = missing
+        self.sock = sock
+        self._outstanding = outstanding
+        self._at = outstanding.at
+
+    def run(self) -> None:
+        """Bring all that is outstanding, and end. Raises OSError: it cannot be had."""
+        raise NotImplementedError
+
+    def _heard_go(self) -> None:
+        """Something has come from the domain's process. Raises Stopped."""
+        if self.sock.recv(1) != GO:
+            raise Stopped
+
+    def _put(self, mfn: int, address: int) -> None:
+        self._call(self.missing.copy, mfn, address)
+
+    def _zero(self, mfn: int) -> None:
+        self._call(self.missing.zero, mfn)
+
+    def _call(self, put: Callable[..., bool], *arguments: int) -> None:
+        try:
+            put(*arguments)
+        except OSError as e:
+            if e.errno in (errno.ESRCH, errno.ENOENT):  # it ends
+                raise Stopped from e
+            raise
+
+
+class Filler(Bringer):
+    """Brings the pages of an image in a file."""
 
     def __init__(
         self, missing: MissingPages, outstanding: Outstanding, image: int, sock: socket.socket
     ) -> None:
-        self._missing = missing
-        self._outstanding = outstanding
-        self._at = outstanding.at
+        super().__init__(missing, outstanding, sock)
         self._image = image
-        self._sock = sock
+        self.sources = (image,)
         self._pages = np.empty((_BATCH, PAGE_SIZE), np.uint8)
         self._one = np.empty((1, PAGE_SIZE), np.uint8)
 
@@ -155,24 +198,23 @@ class Filler:
         """Serve faults until GO, then bring everything, and end. Raises OSError: the image cannot
         be read, or is shorter than it was."""
         poll = select.poll()
-        poll.register(self._missing.fd, select.POLLIN)
-        poll.register(self._sock, select.POLLIN)
-        while not any(fd == self._sock.fileno() for fd, _ in poll.poll()):
+        poll.register(self.missing.fd, select.POLLIN)
+        poll.register(self.sock, select.POLLIN)
+        while not any(fd == self.sock.fileno() for fd, _ in poll.poll()):
             self._serve_faults()
-        if self._sock.recv(1) != GO:
-            raise _Stopped
+        self._heard_go()
         for first in range(0, self._outstanding.nr, _BATCH):
             self._bring(self._outstanding.mfns[first : first + _BATCH])
-        self._missing.end()
+        self.missing.end()
 
     def _serve_faults(self) -> None:
-        for mfn in self._missing.faults():
+        for mfn in self.missing.faults():
             if position := int(self._at[mfn]):
                 self._read(self._one, position - 1)
                 self._put(mfn, self._one.ctypes.data)
                 self._at[mfn] = 0
             else:
-                self._call(self._missing.zero, mfn)
+                self._zero(mfn)
 
     def _bring(self, mfns: np.ndarray) -> None:
         """Put those of the pages in place that have not come yet."""
@@ -190,17 +232,6 @@ class Filler:
             if holds[i]:  # else it stays a hole, as it was in the image of a guest's memory
                 self._put(mfn, address + i * PAGE_SIZE)
         self._at[mfns] = 0
-
-    def _put(self, mfn: int, address: int) -> None:
-        self._call(self._missing.copy, mfn, address)
-
-    def _call(self, put: Callable[..., bool], *arguments: int) -> None:
-        try:
-            put(*arguments)
-        except OSError as e:
-            if e.errno in (errno.ESRCH, errno.ENOENT):  # it ends
-                raise _Stopped from e
-            raise
 
     def _read(self, pages: np.ndarray, position: int) -> None:
         left = memoryview(pages.reshape(-1).data)

@@ -1,10 +1,11 @@
-"""A domain whose memory is still coming, as its process sees it: lazy restore.
+"""A domain whose memory is still coming, as its process sees it: lazy restore, post-copy.
 
     start -> (faults are served) -> go -> done
                                      '--> lost: the guest is stopped where it is, for good
 
-The pages are brought by another process (filler.py); here are what depends on them and what is to
-be done if it fails. It may fail at any moment: the image is read as the pages are needed. The
+The pages are brought by another process, from an image (filler.py) or from the source of a
+migration (fetcher.py); here are what depends on them and what is to be done if it fails. It may
+fail at any moment: the image is read as the pages are needed, the source may die. The
 guest can then neither go on nor be saved. Its hypercalls are cut off first and only then is
 let go who waits for a page; what it finds there is zeros, and it does nothing with them any more.
 
@@ -31,9 +32,11 @@ import numpy as np
 
 from xsave.errors import HostCannotTake, UsageError
 from xsave.frames import PAGE_SHIFT
+from xsave.guest.xen import missing
 from xsave.guest.xen.machine import Machine
 from xsave.guest.xen.missing import MissingPages
 from xsave.guest.xen.outstanding import Outstanding
+from xsave.host.fetcher import fork_fetcher
 from xsave.host.filler import GO, fork_filler
 
 #: How long a thread may wait with the GIL held while nobody brings pages.
@@ -41,9 +44,21 @@ _WATCHDOG_S = 60.0
 _REARM_S = 5.0
 #: How long a page that was just put in place may take to be crossed off.
 _GLANCE_S = 0.001
+#: So many descriptors.
+_FROM_IMAGE, _FROM_SOURCE = 2, 3
 #: Reads a byte without the GIL.
 _memcmp = ctypes.CDLL(None).memcmp
 _memcmp.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t]
+
+
+def require_faults(machine: Machine) -> None:
+    """Raise HostCannotTake where pages cannot be brought as they are touched."""
+    try:
+        missing.check(machine.pages.ctypes.data, machine.nr_frames)
+    except OSError as e:
+        raise HostCannotTake(
+            f"this host cannot take post-copy: userfaultfd: {e.strerror} ({_reason(e)})"
+        ) from e
 
 
 def _reason(error: OSError) -> str:
@@ -58,7 +73,8 @@ class Filling:
     """The pages to come of one domain.
 
     alive: the descriptor of the domain's `alive` file; lazy: where it is restored lazily, those of
-    the image and of the Outstanding tables. on_end() is called, by another thread, when no page
+    the image and of the Outstanding tables; with post-copy those of the connection to the source,
+    in and out, and of the tables. on_end() is called, by another thread, when no page
     comes any more; before that cut_off(), if not all have come: nobody who waits goes on yet.
     """
 
@@ -80,6 +96,9 @@ class Filling:
         self._pidfd = -1
         self._watcher: threading.Thread | None = None
         self._stopping = False
+        #: They come from the source of a migration, from the moment on at which it has let go.
+        self.from_source = len(lazy) == _FROM_SOURCE
+        self.started = False
         #: Pages are still to come.
         self.active = False
         #: Why the rest will never come, "" as long as it may.
@@ -88,9 +107,9 @@ class Filling:
     def start(self) -> None:
         """From here on what is missing is brought when it is touched. Raises HostCannotTake where
         the kernel does not let us; UsageError if the domain was not given what it takes."""
-        if len(self._lazy) != 2 or self.active:
+        if len(self._lazy) not in (_FROM_IMAGE, _FROM_SOURCE) or self.active:
             raise UsageError("this domain is not restored lazily")
-        image, tables = self._lazy
+        *sources, tables = self._lazy
         machine = self._machine
         self._outstanding = Outstanding(tables)
         try:
@@ -100,11 +119,16 @@ class Filling:
                 f"this host cannot restore lazily: userfaultfd: {e.strerror} ({_reason(e)})"
             ) from e
         self._sock, theirs = socket.socketpair()
+        keep = [self._alive]
         with theirs:
-            self._pid = fork_filler(self._missing, self._outstanding, image, theirs, [self._alive])
+            if self.from_source:
+                connection = (sources[0], sources[1])
+                self._pid = fork_fetcher(self._missing, self._outstanding, connection, theirs, keep)
+            else:
+                self._pid = fork_filler(self._missing, self._outstanding, sources[0], theirs, keep)
         self._pidfd = os.pidfd_open(self._pid)
         self._forget_lazy()
-        self.active = True
+        self.active = self.started = True
         self._watcher = threading.Thread(target=self._watch, name="filling", daemon=True)
         self._watcher.start()
 

@@ -7,7 +7,8 @@
     receiver -> sender  REPORT, status byte
     receiver -> sender  PERMISSION, only behind a status that is not 0: the sender may resume
 
-Only the banner has no NUL at its end.
+Only the banner has no NUL at its end. With post-copy, which xl does not know, the receiver says
+COMPLETED at the very end.
 
 At a raw socket an xsave that listens (welcome) says HELLO before all that, and takes one line of
 JSON, its options: so that the sender knows it from an xl that somebody put behind a socket. What
@@ -30,6 +31,8 @@ GO = b"domain is yours, you are cleared to unpause\0"
 REPORT = b"my copy unpause results are as follows\0"
 PERMISSION = GO
 STATUS_OK = b"\0"
+#: Behind it with post-copy, between records of image/postwire.py: all of the memory is there.
+COMPLETED = b"all of its memory has come\0"
 #: (char)(-ERROR_FAIL), what xl sends when rename or unpause failed.
 STATUS_FAIL = b"\x03"
 

@@ -41,7 +41,7 @@ _BUILDER_TIMEOUT_S = 30.0
 #: stands still at its horizon, so that real time cannot matter.
 _AT_HORIZON = {"suspend", "shutdown", "target", "vcpus", "pause", "unpause"}
 #: Requests after which others read the domain's memory: they wait until all of it is there.
-_WITH_ALL_MEMORY = {"suspend", "logdirty"}
+_WITH_ALL_MEMORY = {"suspend", "logdirty", "filled"}
 
 Answer = tuple[dict[str, Any], bytes]
 
@@ -76,6 +76,7 @@ class Operations:
         self._running.disks.serve()
         if self.must_end():
             self._lose()
+        self._handover.see_to_memory()
         if self._held and not self._running.filling.active:
             self._running.control.put_back(self._held)
             self._held = []

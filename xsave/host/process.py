@@ -187,7 +187,7 @@ def main(arguments: list[str]) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        identity, descriptors = receive_identity(int(fd), 3, 5)
+        identity, descriptors = receive_identity(int(fd), 3, 6)
     except ConnectionLost:
         return
     listener = socket.socket(fileno=descriptors[0])

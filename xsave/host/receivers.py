@@ -67,7 +67,7 @@ def open_target(text: str) -> Target:
 
 
 def connect(target: Target, options: Mapping[str, str], nr_connections: int = 1) -> Receiver:
-    """Reach a migrate-receive with these options ({"cpu-mismatch": "refuse"}).
+    """Reach a migrate-receive with these options ({"cpu-mismatch": "refuse"}; "" for a switch).
 
     Raises StorageError, UsageError."""
     parts = Part.of(nr_connections) if nr_connections > 1 else []
@@ -321,7 +321,7 @@ class SocketReceiver(Receiver):
 
 def _arguments(options: Mapping[str, str], parts: Sequence[Part]) -> list[list[str]]:
     """Return the command lines of the receiver, and of those that only bring it their input."""
-    given = [word for name, value in options.items() for word in (f"--{name}", value)]
+    given = [w for name, value in options.items() for w in (f"--{name}", *([value] * bool(value)))]
     command = ["-q", "--progress", "none", "migrate-receive", *given, "--json"]
     if not parts:
         return [command]

@@ -22,7 +22,7 @@ import numpy as np
 
 from xsave.errors import ImageError
 from xsave.frames import PAGE_SIZE
-from xsave.image import libxc, libxl, order, pages, xl
+from xsave.image import libxc, libxl, order, pages, postcopy, xl
 from xsave.image.buffers import Buffer, Read, Zeros
 from xsave.image.detect import recognise
 from xsave.image.pageindex import PageIndex, index_run
@@ -56,12 +56,19 @@ class StreamDecoder:
     Raises ImageError on anything the reference readers refuse. `strict_order=False` turns off the
     rules of order.py only (to look at a broken image). With `whole`, the image from its first byte
     on in memory, PAGE_DATA records come many at a time as a PageIndex; `read` must follow.
+    `postcopy`: the records of postcopy.py may come, too: it is the first part of a migration.
     """
 
     def __init__(
-        self, read: Read, *, strict_order: bool = True, whole: memoryview | None = None
+        self,
+        read: Read,
+        *,
+        strict_order: bool = True,
+        whole: memoryview | None = None,
+        postcopy: bool = False,
     ) -> None:
         self._read = read
+        self._postcopy = postcopy
         self._strict = strict_order
         self._whole = whole
         self._items = self._image()
@@ -149,6 +156,8 @@ class StreamDecoder:
         self.domain_header = libxc.DomainHeader.decode(data, offset=offset)
         yield Item(offset, "libxc", self.domain_header)
         walk = order.libxc_walk(self.domain_header.type, self.image_header.version)
+        if self._postcopy:
+            walk.table = walk.table | postcopy.ORDER
         while True:
             if self._whole is not None and (run := self._run(self._whole, walk)):
                 yield run
@@ -179,7 +188,7 @@ class StreamDecoder:
         return Item(offset, layer, value)
 
     def _small_record(self, layer: str, record_type: int, length: int, offset: int) -> Record:
-        registry = libxc.RECORDS if layer == "libxc" else libxl.RECORDS
+        registry = self._registry(layer, record_type, offset)
         cls = registry.get(record_type, libxc.Unknown)
         name = cls.NAME if record_type in registry else f"{layer} record {record_type:#x}"
         if record_type not in registry and not record_type & OPTIONAL:
@@ -190,6 +199,20 @@ class StreamDecoder:
         if cls is libxc.Unknown:
             return libxc.Unknown(record_type, bytes(body), padding=padding.strip(b"\0") and padding)
         return cls.unframe(body, padding, offset=offset)
+
+    def _registry(self, layer: str, record_type: int, offset: int) -> dict[int, type[Record]]:
+        if layer == "libxl":
+            return libxl.RECORDS
+        if record_type not in postcopy.RECORDS:
+            return libxc.RECORDS
+        if not self._postcopy:
+            raise ImageError(
+                "this is a migration with post-copy, whose memory comes behind it: only the "
+                "migrate-receive --postcopy that it is made for can take it",
+                offset=offset,
+                record=postcopy.RECORDS[record_type].NAME,
+            )
+        return postcopy.RECORDS
 
     def _check_length(self, length: int, offset: int, name: str) -> None:
         if length > MAX_BODY:

@@ -458,6 +458,16 @@ class Domctl:
         tables of what is outstanding, when its process was started."""
         self._call("fill")
 
+    def wait_filled(self) -> None:
+        """Wait until all pages that were outstanding are there. Raises StorageError if they will
+        never be, or it cannot be written down that they are."""
+        self._call("filled")
+
+    def check_held(self) -> None:
+        """Raise GuestStateError or ConnectionLost unless this migration holds the domain. What was
+        read of its frames before is the suspended guest's."""
+        self._call("held", journal=self.journal)
+
     def commit(self) -> None:
         """The domain is whole: it survives this connection, paused until unpaused."""
         self._call("commit")

@@ -212,6 +212,11 @@ class Machine:
                 getattr(self, column)[runs] = 0
             self.owner[runs] = DOMID_FREE
 
+    def drop(self, mfns: np.ndarray) -> None:
+        """Make holes of frames that stay their domain's: they hold nothing any more."""
+        if len(mfns):
+            self._punch(mfns)
+
     def _punch(self, mfns: np.ndarray) -> np.ndarray:
         """Make holes of frames, at least one; return them as i64, ascending."""
         runs = np.sort(mfns.astype(np.int64))

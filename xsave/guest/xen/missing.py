@@ -35,6 +35,11 @@ _EVENT_PAGEFAULT = 0x12
 _MAX_MESSAGES = 64
 
 
+def check(address: int, nr_pages: int) -> None:
+    """Raise OSError if this mapping's faults cannot be had here."""
+    MissingPages(address, nr_pages).close()
+
+
 class MissingPages:
     """The faults of one mapping of nr pages (a page-aligned address) on pages that are missing.
 

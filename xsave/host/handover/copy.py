@@ -24,6 +24,8 @@ class Copy:
         self._source: Journal | None = None
         self._target: Journal | None = None
         self.incoming = False
+        #: It runs, and how that ends with its memory is not written down yet.
+        self.partial = False
 
     # -- the source's ---
 
@@ -67,11 +69,24 @@ class Copy:
         """True if it came, or comes, by this migration."""
         return path is not None and self._target is not None and self._target.path == Path(path)
 
-    def take_over(self) -> None:
-        """It is about to run here. Raises XsaveError: it must not."""
+    def take_over(self, *, early: bool = False) -> None:
+        """It is about to run here. early: before all of its memory is. Raises XsaveError: it must
+        not."""
         if self.incoming and self._target is not None:
-            self._target.take(Step.TAKE_OVER)
-            self.incoming = False
+            self._target.take(Step.TAKE_OVER_EARLY if early else Step.TAKE_OVER)
+            self.incoming, self.partial = False, early
+
+    def complete(self) -> None:
+        """All of its memory is here. Raises XsaveError: that is not written down."""
+        if self.partial and self._target is not None:
+            self._target.take(Step.COMPLETE)
+            self.partial = False
+
+    def lose(self) -> None:
+        """A part of its memory never came. Raises XsaveError: that is not written down."""
+        if self.partial and self._target is not None:
+            self._target.take(Step.LOSE)
+            self.partial = False
 
     def abandon(self) -> None:
         """It will never run here. Raises GuestStateError if it does."""

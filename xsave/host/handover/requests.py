@@ -40,6 +40,7 @@ class HandoverRequests:
 
     def ended(self) -> None:
         """The process has left its loop."""
+        self.see_to_memory()
         self._copy.end()
 
     def op_begin(self, request: Request) -> Answer:
@@ -70,6 +71,12 @@ class HandoverRequests:
                 self._suspension.hold()  # it cannot go on without them by itself
             raise
         self._suspension.hold()
+        return {}, b""
+
+    def op_held(self, request: Request) -> Answer:
+        """Who sends frames of a guest that is suspended asks after having read them."""
+        if self._running.finished or not self._copy.is_held_by(request.arguments.get("journal")):
+            raise GuestStateError("this migration does not hold the domain any more")
         return {}, b""
 
     def _has_disks(self) -> bool:
@@ -103,8 +110,30 @@ class HandoverRequests:
         if self._copy.incoming and client is not self._building.builder:
             raise GuestStateError(_INCOMING)
         self._running.disks.open()
-        self._copy.take_over()
+        filling = self._running.filling
+        early = self._copy.incoming and filling.from_source and filling.started
+        self._copy.take_over(early=early)
+        if early:
+            filling.go()  # whatever is done to it now may want pages
         self.wake()
+
+    def see_to_memory(self) -> None:
+        """Write down how it ended with the pages that came from the source, once it has."""
+        filling = self._running.filling
+        if not self._copy.partial or filling.active:
+            return
+        with contextlib.suppress(XsaveError):  # when there is room again
+            if filling.lost:
+                self._copy.lose()
+            else:
+                self._copy.complete()
+
+    def op_filled(self, _request: Request) -> Answer:
+        """Asked when no page comes any more: all of them are there."""
+        if self._running.filling.lost:
+            raise StorageError(f"the guest's memory was lost: {self._running.filling.lost}")
+        self._copy.complete()
+        return {}, b""
 
     def op_abandon(self, request: Request) -> Answer:
         """Who makes the domain gives it up, or whoever asks for the copy of a migration. Raises

@@ -88,6 +88,28 @@ class Status:
         }
 
 
+def runs(side: Side) -> bool:
+    """True if the copy of a side may do anything."""
+    return side.domain not in (None, "crashed", "shutdown")
+
+
+def is_second(target: Side) -> bool:
+    """True if there is a guest at the target, besides one that the source has taken back."""
+    if target.state == State.PARTIAL:
+        return runs(target)
+    return target.state == State.RUNNING and target.domain is not None
+
+
+def in_part(target: Side) -> str:
+    """Say how a guest stands whose memory did not all follow it (post-copy)."""
+    there = f"it ran at {target.host} before all of its memory was there"
+    if target.domain is None:
+        return f"{there}, and its process there has died"
+    if target.state == State.LOST or not runs(target):
+        return f"{there}, and the rest never came: it is stopped there for good"
+    return f"{there}, and nobody sends the rest any more"
+
+
 def look(host: Host, role: str, transaction: str) -> Side:
     """Ask this host for its side."""
     journal = Journals(host.directory).get(role, transaction)
@@ -163,6 +185,8 @@ def status(host: Host, journal: Journal, far_end: Callable[[Entry], FarEnd]) -> 
 
 def meaning(found: Status) -> str:
     """Say in a sentence what the two sides come to."""
+    if found.at_work and found.target and found.target.state == State.PARTIAL:
+        return f"the guest runs at {found.target.host}, and its memory is on the way there"
     if found.at_work and not (found.source and found.source.state in SETTLED):
         return "the migration is at work"
     source, target = found.source, found.target
@@ -172,10 +196,12 @@ def meaning(found: Status) -> str:
     if source.state == State.PREPARED:
         return f"it failed before the hand-over: the guest is {here}"
     if source.state == State.TAKEN_BACK:
-        if target and target.state == State.RUNNING and target.domain:
+        if target and is_second(target):
             return f"somebody has let it run {here} as well as at {target.host}: end one of them"
         return f"the guest stayed {here}"
     if source.state == State.GIVEN_UP:
+        if target and target.state in (State.PARTIAL, State.LOST):
+            return f"the guest was destroyed {here}; {in_part(target)}"
         if target and target.state in (State.RUNNING, State.ENDED):
             return f"the guest moved to {target.host}"
         return f"the guest was destroyed {here}"
@@ -186,6 +212,8 @@ def _of_target(target: Side | None) -> str:
     state = target.state if target else State.UNKNOWN
     return {
         State.RUNNING: "the guest moved here",
+        State.PARTIAL: "the guest came here, and a part of its memory is still where it was",
+        State.LOST: "the guest came here, and a part of its memory never did: it is stopped",
         State.ENDED: "the guest moved here, and has ended or moved on",
         State.ABANDONED: "the copy here was given up: the guest stayed where it was",
     }.get(state, "the sender is gone or silent: the copy here is to be given up")
@@ -199,6 +227,8 @@ def _of_held(source: Side, target: Side | None, found: Status) -> str:
         return f"{held}; whether it runs at {found.entry.peer} is not known: {found.unreachable}"
     if target.state == State.UNKNOWN:
         return f"{held}; {target.host or found.entry.peer} has lost its journal, or is no xsave"
+    if target.state in (State.PARTIAL, State.LOST):
+        return f"{held} as it was before it moved; {in_part(target)}"
     if target.state == State.RUNNING and target.domain is None:
         return f"{held}; it ran at {target.host}, where its process has died"
     if target.state in (State.RUNNING, State.ENDED):

@@ -11,9 +11,16 @@ The source, by its journal                    The target, by its journal
        '---take back----+--> taken-back                '---abandon-------+-> abandoned       |
                                                                               end--> ended <-'
 
+With post-copy a part of the guest's memory follows behind it, and in between it needs both hosts:
+
+    ready --take over early--> partial --complete--> running
+                                  |'--lose--> lost
+                                  '--end--> ended
+
 Before `held` the guest is the source's, by a lease that ends with the sender. Once held it stays
 suspended until somebody takes it back or gives it up, and which of the two is right only the
-target's journal says.
+target's journal says. A guest that is lost is stopped at the target, and what is held is an older
+one: whether that is to go on no journal says.
 """
 
 from __future__ import annotations
@@ -36,6 +43,8 @@ class State(StrEnum):
     RECEIVING = "receiving"
     READY = "ready"  # complete and paused; removed if the receiver dies
     RUNNING = "running"  # the guest is here
+    PARTIAL = "partial"  # the guest is here, a part of its memory still at the source
+    LOST = "lost"  # that part will never come: the guest is stopped for good
     ENDED = "ended"  # it was, and came to its end or went elsewhere
     ABANDONED = "abandoned"  # it never ran here and never will
     # of neither
@@ -50,6 +59,9 @@ class Step(StrEnum):
     TAKE_BACK = "take back"
     OFFER = "offer"
     TAKE_OVER = "take over"
+    TAKE_OVER_EARLY = "take over early"
+    COMPLETE = "complete"
+    LOSE = "lose"
     ABANDON = "abandon"
     END = "end"
 
@@ -62,6 +74,9 @@ class Message(StrEnum):
     STARTED = "started"  # the report with status 0
     FAILED = "failed"  # the report with another
     PERMISSION = "permission"
+    # post-copy: image/postwire.py
+    PAGES = "pages"  # all that was left out is sent
+    COMPLETED = "completed"  # and has come
 
 
 class Act(StrEnum):
@@ -104,11 +119,14 @@ STEPS: dict[Step, tuple[frozenset[State], State]] = {
     Step.OFFER: (frozenset({_S.RECEIVING}), _S.READY),
     Step.TAKE_OVER: (frozenset({_S.READY}), _S.RUNNING),
     Step.ABANDON: (frozenset({_S.RECEIVING, _S.READY}), _S.ABANDONED),
-    Step.END: (frozenset({_S.RUNNING}), _S.ENDED),
+    Step.TAKE_OVER_EARLY: (frozenset({_S.READY}), _S.PARTIAL),
+    Step.COMPLETE: (frozenset({_S.PARTIAL}), _S.RUNNING),
+    Step.LOSE: (frozenset({_S.PARTIAL}), _S.LOST),
+    Step.END: (frozenset({_S.RUNNING, _S.PARTIAL}), _S.ENDED),
 }
 FIRST = {SOURCE: _S.PREPARED, TARGET: _S.RECEIVING}
 #: A side in one of these has nothing left to decide by itself.
-SETTLED = frozenset({_S.GIVEN_UP, _S.TAKEN_BACK, _S.RUNNING, _S.ENDED, _S.ABANDONED})
+SETTLED = frozenset({_S.GIVEN_UP, _S.TAKEN_BACK, _S.RUNNING, _S.LOST, _S.ENDED, _S.ABANDONED})
 
 #: The sender, from the last byte of the image on.
 SENDER = (
@@ -120,6 +138,15 @@ SENDER = (
     Row("refused", Act.RECEIVE, Message.PERMISSION, then="unsaid", lost="unknown"),
     Row("won", Act.DO, Step.GIVE_UP, then="migrated", lost="unknown"),
     Row("unsaid", Act.DO, Step.TAKE_BACK, then="kept", lost="unknown"),
+)
+#: With post-copy: the copy's own process says STARTED, too, so that no death of the receiver keeps
+#: the pages from the guest. It runs there already while it needs what is held here. What goes wrong
+#: from then on only the target's journal knows.
+SENDER_POSTCOPY = (
+    *(row for row in SENDER if row.what != Message.STARTED),
+    Row("asked", Act.RECEIVE, Message.STARTED, then="behind", lost="unknown"),
+    Row("behind", Act.SEND, Message.PAGES, then="served", lost="unknown"),
+    Row("served", Act.RECEIVE, Message.COMPLETED, then="won", lost="unknown"),
 )
 #: Where the sender ends. "unknown": it asks both journals, as `xsave migrate --recover` does.
 SENDER_ENDS = frozenset({"migrated", "kept", "unknown"})
@@ -135,6 +162,14 @@ RECEIVER = (
     Row("gave up", Act.SEND, Message.FAILED, then="said", lost="failed"),
     Row("said", Act.SEND, Message.PERMISSION, then="failed", lost="failed"),
 )
+#: With post-copy: it has nothing to do with the pages, and waits until they are there.
+RECEIVER_POSTCOPY = (
+    *(row for row in RECEIVER if row.at not in ("told", "running")),
+    Row("told", Act.DO, Step.TAKE_OVER_EARLY, then="running", lost="unable"),
+    Row("running", Act.SEND, Message.STARTED, then="partial", lost="partial"),
+    Row("partial", Act.DO, Step.COMPLETE, then="whole", lost="taken"),
+    Row("whole", Act.SEND, Message.COMPLETED, then="taken", lost="taken"),
+)
 #: Where the receiver ends. "failed": its copy is abandoned, unless it runs after all.
 RECEIVER_ENDS = frozenset({"taken", "failed"})
 
@@ -145,11 +180,13 @@ VERDICTS: dict[tuple[State, State], Verdict] = {
     **{(_S.HELD, t): Verdict.KEEP for t in (_S.READY, _S.ABANDONED)},
     **{(_S.HELD, t): Verdict.HAND_ON for t in (_S.RUNNING, _S.ENDED)},
     **{(_S.TAKEN_BACK, t): Verdict.KEEP for t in _UNDECIDED},
-    **{(_S.TAKEN_BACK, t): Verdict.NOTHING for t in (_S.ABANDONED, _S.ENDED, _S.UNKNOWN)},
+    **{(_S.TAKEN_BACK, t): Verdict.NOTHING for t in (_S.ABANDONED, _S.LOST, _S.ENDED, _S.UNKNOWN)},
     **{(_S.GIVEN_UP, t): Verdict.NOTHING for t in (_S.RUNNING, _S.ENDED, _S.ABANDONED, _S.UNKNOWN)},
+    **{(_S.GIVEN_UP, t): Verdict.NOTHING for t in (_S.PARTIAL, _S.LOST)},
     # The source's journal is out of reach: the target may give up what does not run there.
     **{(_S.UNKNOWN, t): Verdict.KEEP for t in _UNDECIDED},
     **{(_S.UNKNOWN, t): Verdict.NOTHING for t in (_S.RUNNING, _S.ENDED, _S.ABANDONED)},
+    **{(_S.UNKNOWN, t): Verdict.NOTHING for t in (_S.PARTIAL, _S.LOST)},
 }
 
 
