@@ -1,33 +1,23 @@
-"""One OS process per domain: it owns the vCPUs and does what the control socket asks.
+"""The loop of a domain's process: it runs the vCPUs and does what the control socket asks.
 
-    python -m xsave.host.process HOST_DIRECTORY FD
-
-It is started detached, waits at the socket FD until it is told its domain (prestart.py) and then
-has no descriptor but the listening socket, the locked `alive` file and its log; and, for a lazy
-restore, the image. The vCPU loop
-below is the only place that changes the domain; requests are done between two runs of the guest
-(operations.py), at once when it blocks.
+The vCPU loop below is the only place that changes the domain; requests are done between two runs
+of the guest (operations.py), at once when it blocks.
 """
 
 from __future__ import annotations
 
-import faulthandler
-import os
 import select
-import signal
 import socket
-import sys
 import traceback
 from pathlib import Path
 
-from xsave.errors import ConnectionLost
 from xsave.guest.xen.context import Vcpu
 from xsave.guest.xen.domain import Domain
 from xsave.host import host as hosts
 from xsave.host.control import Control, Ticker
 from xsave.host.operations import Operations
-from xsave.host.prestart import receive_identity
 from xsave.host.running import RunningDomain
+from xsave.host.unpacking import Unpacking
 
 #: Instructions per slice of a deterministic guest.
 SLICE_INSTRUCTIONS = 100_000
@@ -182,34 +172,22 @@ class DomainProcess:
         self._control.clear_wake()
 
 
-def main(arguments: list[str]) -> None:
-    host_directory, fd = arguments
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    try:
-        identity, descriptors = receive_identity(int(fd), 3, 5)
-    except ConnectionLost:
-        return
-    listener = socket.socket(fileno=descriptors[0])
-    _log_to(descriptors[2])
-    faulthandler.register(signal.SIGUSR1)  # where does it hang? the answer is in process.log
-    host = hosts.Host(Path(host_directory))
-    domid, name = identity["domid"], identity["name"]
+def live(
+    host_directory: Path,
+    domid: int,
+    name: str,
+    descriptors: list[int],
+    unpacking: Unpacking | None,
+) -> None:
+    """Be a domain, until it is destroyed. descriptors: the listening socket, the locked `alive`
+    file and, for a lazy restore, the image's. unpacking: of the kernel it may be built from."""
+    listener, alive, *lazy = descriptors
+    host = hosts.Host(host_directory)
     directory = host.directory / "domains" / str(domid)
-    control, alive, lazy = Control(listener), descriptors[1], descriptors[3:]
+    control = Control(socket.socket(fileno=listener))
     running = RunningDomain(directory, host.machine, domid, name, control, alive, lazy)
+    running.unpacking = unpacking
     try:
         DomainProcess(running).serve()
     finally:
         running.remove()
-
-
-def _log_to(fd: int) -> None:
-    """The command's standard error belongs to its terminal or its pipe: let go of it."""
-    os.dup2(fd, 1)
-    os.dup2(fd, 2)
-    os.close(fd)
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])
