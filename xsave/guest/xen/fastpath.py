@@ -19,6 +19,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from xsave.guest.xen.cpuid import XEN_VERSION
 from xsave.guest.xen.machine import Machine
 from xsave.guest.xen.time import RealClock
 from xsave.public import VcpuGuestContext, VcpuInfo
@@ -32,14 +33,15 @@ SyscallHook = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p)
 ExceptionHook = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_uint32, ctypes.c_void_p)
 LeaveHook = ctypes.CFUNCTYPE(None, ctypes.c_uint64)
 _POINTERS = (
-    "registers", "exception", "old_exception", "cpu", "tlb_flush", "clock_gettime",
+    "registers", "exception", "old_exception", "cpu",
+    "tlb_flush", "read_register", "write_register", "clock_gettime",
     "slow_syscall", "slow_exception", "leave",
     "memory", "owner", "page_type", "type_count", "references",
 )  # fmt: skip
 _WORDS = (
     "nr_frames", "domid", "unflushed",
-    "open", "in_kernel", "control_registers", "events", "nr_vcpus", "clock_offset", "khz",
-    "deadline", "kicked", "nr_crossings",
+    "open", "in_kernel", "control_registers", "events", "nr_vcpus", "version", "clock_offset",
+    "khz", "deadline", "kicked", "nr_crossings",
 )  # fmt: skip
 
 
@@ -93,6 +95,7 @@ class Fastpath:
         ):  # fmt: skip
             setattr(self._structure, field, column.ctypes.data)
         self._structure.nr_frames, self._structure.domid = machine.nr_frames, domid
+        self._structure.version = XEN_VERSION[0] << 16 | XEN_VERSION[1]
         self._structure.unflushed = ctypes.addressof(unflushed)
 
     def connect(
@@ -101,15 +104,15 @@ class Fastpath:
         exception: int,
         old_exception: int,
         cpu: int,
-        tlb_flush: int,
+        functions: tuple[Any, Any, Any],
         slow: tuple[Any, Any],
         fail: Callable[[BaseException], None],
     ) -> tuple[int, int, int]:
         """Return the addresses of the hooks of `syscall` and of exceptions, and of their data.
 
-        registers, exception (the error code), old_exception, cpu, tlb_flush: addresses in the
-        emulator. slow: hooks for what is Python's, a SyscallHook and an ExceptionHook. fail
-        ends the run with what was raised."""
+        registers, exception (the error code), old_exception, cpu: addresses in the emulator.
+        functions: its tlb_flush, uc_reg_read and uc_reg_write. slow: hooks for what is Python's, a
+        SyscallHook and an ExceptionHook. fail ends the run with what was raised."""
         found, s = library(), self._structure
         assert found is not None
         clock_gettime = ctypes.CDLL(None).clock_gettime
@@ -121,9 +124,10 @@ class Fastpath:
                 fail(e)
 
         hook = LeaveHook(leave)
-        self._kept += [clock_gettime, hook, *slow]
+        self._kept += [clock_gettime, hook, *slow, *functions]
         s.registers, s.exception, s.old_exception = registers, exception, old_exception
-        s.cpu, s.tlb_flush, s.clock_gettime = cpu, tlb_flush, _address(clock_gettime)
+        s.cpu, s.clock_gettime = cpu, _address(clock_gettime)
+        s.tlb_flush, s.read_register, s.write_register = map(_address, functions)
         s.slow_syscall, s.slow_exception = _address(slow[0]), _address(slow[1])
         s.leave = _address(hook)
         self.active = True

@@ -141,7 +141,7 @@ class Hypervisor(GuestCpu):
     def _open_fastpath(self) -> None:
         """Before the guest goes on: let the library know what is to be known."""
         fastpath = self.fastpath
-        if not self.tables.idle:
+        if self._begins_step or not self.tables.idle:
             fastpath.close()
             return
         domain = self.domain
