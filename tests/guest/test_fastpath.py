@@ -539,28 +539,30 @@ def test_a_step_that_began_ends_in_python(twins):
     assert twins.guests[0].hv.stopped_at >= 0
 
 
-@pytest.mark.parametrize(
-    "descriptor", [0, 0x00CFF3000000FFFF, 0x00CF73000000FFFF, 0x40F3778899AAFFFF]
-)
-@pytest.mark.parametrize("entries", [0, 1, 512])
-def test_the_segment_of_no_selector(twins, descriptor, entries):
-    """Selector 0 names the first descriptor of all, which should be none."""
+@pytest.mark.parametrize("selector", [0, 3, 8, 0x2B, 0x1000, 0x1003, 0x2C, 0xE02B, 0xFFFB])
+@pytest.mark.parametrize("entries", [0, 1, 6, 512, 513])
+def test_the_segment_of_a_selector(twins, selector, entries):
+    """The base of a descriptor that is present; of the first one, too, which should be none. Those
+    of an LDT and Xen's own are Python's to look for."""
+    for descriptor in (0, 0x00CF73000000FFFF, 0x40F3778899AAFFFF):
 
-    def change(guest: Guest) -> None:
-        [mfn] = guest.unmap(20) if entries else [0]
-        if entries:
-            guest.machine.mem[mfn, 0] = descriptor
-            guest.hv.q[GS_SEL] |= 0x33
-            assert guest.domain.set_gdt(guest.vcpu, [mfn], entries) == 0
-        hypercall(0)(guest)  # what was mapped is forgotten
-        guest.vcpu.context.gs_base_user = 7
-        hypercall(SET_SEGMENT_BASE, 3, 0)(guest)
+        def change(guest: Guest, descriptor: int = descriptor) -> None:
+            mfns = guest.unmap(20, 21)[: -(-entries // 512)]
+            for mfn in mfns:
+                guest.machine.mem[mfn, [0, 1, 5]] = descriptor
+            guest.hv.q[GS_SEL] |= 0x13
+            assert guest.domain.set_gdt(guest.vcpu, mfns, entries) == 0
+            hypercall(0)(guest)  # what was mapped is forgotten
+            guest.vcpu.context.gs_base_user = 7
+            hypercall(SET_SEGMENT_BASE, 3, selector | 1 << 16)(guest)
+            loaded = guest.vcpu.context.gs_base_user
+            assert guest.domain.set_gdt(guest.vcpu, [], 0) == 0
+            guest.vcpu.context.gs_base_user = loaded
 
-    before = twins.nr_quick()
-    twins.do(change)
-    present = bool(descriptor >> 47 & 1 and entries)
-    assert twins.nr_quick() - before == (not present)
-    assert twins.guests[0].vcpu.context.gs_base_user != 7
+        before = twins.nr_quick()
+        twins.do(change)
+        assert twins.nr_quick() - before == (selector & 4 == 0 and selector < 0xE000)
+        assert twins.guests[0].vcpu.context.gs_base_user != 7
 
 
 def test_a_mapping_that_is_gone_with_the_address_space_faults(twins):

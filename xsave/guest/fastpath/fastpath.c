@@ -38,6 +38,8 @@ enum { USER_CR3 = 1, KERNEL_CR3 = 3, EVENT_CALLBACK = 16, GS_BASE_USER = 22 };
 #define MOST_UPDATES 32
 #define ENOENT 2
 
+#define TABLE_INDICATOR 4
+#define RESERVED_GDT_ENTRIES (14 * 512) /* the first that is Xen's */
 #define DESCRIPTOR_PRESENT (1ULL << 47)
 #define FLAT_RING3_CS64 0xe033
 #define FLAT_RING3_SS64 0xe02b
@@ -309,16 +311,24 @@ static int stack_switch(struct fastpath *f)
 	return 1;
 }
 
-/* GuestCpu.load_user_gs of a selector of the descriptor that is none, as it should be. */
-static int load_no_user_gs(struct fastpath *f)
+/* GuestCpu.load_user_gs of a selector of the guest's own GDT. */
+static int load_user_gs(struct fastpath *f, uint64_t selector)
 {
-	uint64_t *q = f->registers, *control = f->control_registers, frame = control[GDT_FRAMES];
+	uint64_t *q = f->registers, *control = f->control_registers, index = selector >> 3;
+	uint64_t descriptor = 0, frame;
 
-	if (control[GDT_ENTRIES] &&
-	    (frame >= f->nr_frames || f->memory[frame << 9] & DESCRIPTOR_PRESENT))
+	if (selector & TABLE_INDICATOR || index >= RESERVED_GDT_ENTRIES)
 		return 0;
-	q[GS_SEL] &= ~0xffffULL;
-	control[GS_BASE_USER] = 0;
+	if (index < control[GDT_ENTRIES]) {
+		frame = control[GDT_FRAMES + (int)(index >> 9)];
+		if (frame >= f->nr_frames)
+			return 0;
+		descriptor = f->memory[frame << 9 | (index & 511)];
+	}
+	if (!(descriptor & DESCRIPTOR_PRESENT))
+		selector = descriptor = 0;
+	q[GS_SEL] = (q[GS_SEL] & ~0xffffULL) | selector;
+	control[GS_BASE_USER] = (descriptor >> 16 & 0xffffff) | (descriptor >> 32 & 0xff000000);
 	return 1;
 }
 
@@ -327,7 +337,7 @@ static int set_segment_base(struct fastpath *f)
 	uint64_t *q = f->registers, base = q[RSI];
 
 	if (q[RDI] == SEGBASE_GS_USER_SEL) {
-		if (base & 0xfffc || !load_no_user_gs(f))
+		if (!load_user_gs(f, base & 0xffff))
 			return 0;
 	} else if (!canonical(base)) {
 		return 0;
