@@ -480,6 +480,16 @@ def test_new_entries_of_upper_tables_are_the_librarys(twins):
             assert twins.nr_quick() - before == quick
 
 
+def test_xens_part_of_an_l4_table_is_not_the_guests(twins):
+    """Not even to write none over none."""
+    guest = twins.guests[0]
+    for entry in (0, guest.l3 << PAGE_SHIFT | FULL):
+        request = struct.pack("<QQ", guest.l4 << PAGE_SHIFT | 8 * 260, entry)
+        twins.do(hypercall(MMU_UPDATE, lambda g: g.va(ARGUMENTS), 1, 0, DOMID_SELF,
+                           requests=request))  # fmt: skip
+        assert guest.hv.q[RBX] == -errno.EINVAL & (1 << 64) - 1
+
+
 def only_the_library(twins) -> None:
     """Python is not to be asked for the end of a crossing."""
 
