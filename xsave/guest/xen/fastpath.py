@@ -87,7 +87,8 @@ class Fastpath:
         self._structure = _Structure()
         self.words = memoryview(self._structure).cast("B").cast("Q")
         self._kept: list[Any] = [machine, unflushed]  # what is known by its address only
-        self._seen: tuple[VcpuGuestContext, VcpuInfo] | None = None
+        self._context: VcpuGuestContext | None = None
+        self._info: VcpuInfo | None = None
         self.active = False
         for field, column in (
             ("memory", machine.mem), ("owner", machine.owner), ("page_type", machine.page_type),
@@ -141,7 +142,7 @@ class Fastpath:
         """Before a run, when the clock goes."""
         self._structure.nr_vcpus, self._structure.khz = nr_vcpus, clock.khz
         self._structure.clock_offset = clock.offset_ns & NEVER
-        self._seen = None
+        self._context = self._info = None
 
     def see(
         self, context: VcpuGuestContext, info: VcpuInfo, *, in_kernel: bool, deadline: int
@@ -149,8 +150,8 @@ class Fastpath:
         """Before the guest goes on: which vCPU does, and in which mode. deadline: by the monotonic
         clock, when a timer is due."""
         words = self.words
-        if self._seen != (context, info):
-            self._seen = context, info
+        if context is not self._context or info is not self._info:
+            self._context, self._info = context, info
             words[_CONTROL] = ctypes.addressof(context.ctrlreg)
             words[_EVENTS] = ctypes.addressof(info)
         words[_IN_KERNEL] = in_kernel
