@@ -67,7 +67,7 @@ def test_output_that_nobody_watches_wakes_nobody(control):
     distribute = control._distribute
     control._distribute = lambda: (woken.append(1), distribute())
     control.console_output(b"unheard")
-    sock, client = attach(control)
+    sock, _client = attach(control)
     assert not woken
     control.console_output(b"heard")
     assert sock.recv(100) == b"heard"
