@@ -176,6 +176,7 @@ def state(guest: Guest) -> dict[str, object]:
         "flush": [tables.unflushed, tables.stale_tlb, tables.stale_pages],
         "mask": [guest.vcpu.info.evtchn_upcall_mask, guest.vcpu.in_kernel],
         "end": [guest.domain.shutdown_reason, guest.domain.crash_message],
+        "timer": [guest.vcpu.timer_ns],
         "crossings": [guest.hv.nr_crossings],
     }
 
@@ -255,6 +256,11 @@ iret_frames = st.tuples(
     st.sampled_from([2, 0x202, 0x202, 0x302, 0x246, 0xFFFFFFFFFFFFFFFF & ~0x100, 0x8D7 | 1 << 18]),
     st.sampled_from([0xE02B, 0, 0x1E028]),
 )  # fmt: skip
+timers = st.tuples(
+    st.sampled_from([0, 0, 0, 1, 1 << 32]),
+    st.sampled_from([0, 1, 10**9 - 1, 10**9, 10**9 + 1, 1 << 63, (1 << 64) - 2, (1 << 64) - 1]),
+    st.sampled_from([0, 0, 0, 1, 2, 3]), st.sampled_from([0, 8, 0xFF4, 0xFF8]),
+)  # fmt: skip
 NUMBERS = {"stack": STACK_SWITCH, "segment": SET_SEGMENT_BASE, "version": XEN_VERSION}
 
 
@@ -276,14 +282,14 @@ def crossings(draw):
     """One crossing, as (kind, what it is about)."""
     kind = draw(st.sampled_from([
         "update", "update", "extended", "is up", "cli", "elsewhere", "stack", "segment", "version",
-        "iret",
+        "iret", "timer",
     ]))  # fmt: skip
     content = {
         "update": st.lists(update, min_size=1, max_size=3), "extended": extended,
         "is up": st.tuples(st.integers(0, 4), st.sampled_from([0, 1, 31, 64, 1 << 31, 1 << 40])),
         "stack": st.tuples(word, word), "segment": st.tuples(st.integers(0, 4) | word, base),
         "version": st.tuples(st.sampled_from([0, 0, 7, 99, 1 << 32])), "iret": iret_frames,
-        "cli": st.none(), "elsewhere": st.sampled_from([MMU_UPDATE, MMUEXT_OP]),
+        "timer": timers, "cli": st.none(), "elsewhere": st.sampled_from([MMU_UPDATE, MMUEXT_OP]),
     }[kind]  # fmt: skip
     return kind, draw(content), draw(count), draw(done_ptr), draw(domid), draw(pending), draw(stack)
 
@@ -314,6 +320,10 @@ def change_of(crossing):
             hypercall(VCPU_OP, *content, **given)(guest)
         elif kind in NUMBERS:
             hypercall(NUMBERS[kind], *content, **given)(guest)
+        elif kind == "timer":
+            vcpu, timeout, flags, offset = content
+            guest.poke(ARGUMENTS, offset, struct.pack("<QI", timeout, flags))
+            hypercall(VCPU_OP, 8, vcpu, guest.va(ARGUMENTS, offset), **given)(guest)
         elif kind == "iret":
             iret(*content, **given)(guest)
         elif kind == "cli":
@@ -501,7 +511,7 @@ def only_the_library(twins) -> None:
 
 @pytest.mark.parametrize("pending", [False, True])
 def test_what_a_switch_of_tasks_makes(twins, pending):
-    """Its stack, its segments; an event that comes with it; and back from that."""
+    """Its stack, its segments, its timer; an event that comes with it; and back from that."""
     only_the_library(twins)
     changes = [
         hypercall(STACK_SWITCH, 0xE02B, 0x1234000, pending=pending),
@@ -511,7 +521,9 @@ def test_what_a_switch_of_tasks_makes(twins, pending):
         iret(0, 0xE030, 0x246, 0xE02B, stack=0, pending=pending),
         iret(0x100, 0xE030, 0x2, 0xE02B, stack=0),
         hypercall(0, code=CLI + HYPERCALL[2:], pending=pending),
-    ]
+        hypercall(VCPU_OP, 8, 0, lambda g: g.va(ARGUMENTS), pending=pending,
+                  requests=struct.pack("<QI", 1 << 62, 0)),
+    ]  # fmt: skip
     for nr, change in enumerate(changes, 1):
         twins.do(change)
         assert twins.nr_quick() == nr
@@ -652,6 +664,47 @@ def test_a_timer_that_is_due_ends_a_quick_crossing_too(twins):
     assert len(seen) == 1
     assert 20_000_000 <= seen[0] < 2_000_000_000
     assert twins.nr_quick() > 100
+
+
+def test_a_timer_that_the_library_sets_comes(twins):
+    """A guest that sets its timer and asks for a vCPU there is not, over and over: when the timer
+    is due it is run, and not before."""
+    guest = twins.guests[0]
+    clock = guest.domain.clock = RealClock(10**9)
+    clock.start()
+    due = []
+    guest.domain.run_timers = lambda now: (due.append((now, guest.vcpu.timer_ns)),
+                                           setattr(guest.vcpu, "timer_ns", None),
+                                           len(due) == 3 and guest.hv.kick())  # fmt: skip
+    code = (
+        b"\x4d\x01\x2c\x24"  # again: add [r12], r13
+        b"\xb8\x18\x00\x00\x00\xbf\x08\x00\x00\x00\x31\xf6\x4c\x89\xe2\x0f\x05"
+        b"\xbb\x20\x4e\x00\x00"  # mov ebx, 20000
+        b"\xb8\x18\x00\x00\x00\xbf\x03\x00\x00\x00\xbe\x07\x00\x00\x00\x0f\x05"  # is up?
+        b"\xff\xcb\x75\xeb"  # dec ebx; jnz: ask again
+        b"\xeb\xcf"  # jmp again
+    )
+    step = 5_000_000
+    guest.poke(ARGUMENTS, 0, struct.pack("<QI", clock.now(), 0))
+    guest.start(code, r12=guest.va(ARGUMENTS), r13=step)
+    guest.hv.run()
+    assert len(due) == 3
+    assert all(0 <= now - timer < 10**9 for now, timer in due)
+    assert twins.nr_quick() > 10_000
+
+
+def test_timers_of_several_vcpus_are_pythons():
+    """Their deadline is the earliest of all."""
+    machines = Machines()
+    try:
+        guest = make(machines)
+        guest.domain.vcpus.append(guest.domain.vcpus[0])  # as far as the library can see
+        request = struct.pack("<QI", 1 << 62, 0)
+        hypercall(VCPU_OP, 8, 0, lambda g: g.va(ARGUMENTS), requests=request)(guest)
+        assert guest.hv.fastpath.words[NR_CROSSINGS] == 0
+        assert guest.vcpu.timer_ns == 1 << 62
+    finally:
+        machines.close()
 
 
 @pytest.mark.parametrize("khz", [1_000_000, 2_400_000, 3_999_999])

@@ -30,13 +30,16 @@ enum { CS_SEL = 26, CS_BASE, SS_SEL = 29, FS_BASE = 36, GS_SEL = 38, GS_BASE };
 #define LONG_MODE (CODE64 | 1U << 4 | 1U << 5)
 
 enum { MMU_UPDATE = 1, STACK_SWITCH = 3, XEN_VERSION = 17, IRET = 23, VCPU_OP, SET_SEGMENT_BASE };
-enum { MMUEXT_OP = 26, MMUEXT_NEW_BASEPTR = 5, MMUEXT_NEW_USER_BASEPTR = 15, VCPUOP_IS_UP = 3 };
+enum { MMUEXT_OP = 26, MMUEXT_NEW_BASEPTR = 5, MMUEXT_NEW_USER_BASEPTR = 15 };
+enum { VCPUOP_IS_UP = 3, VCPUOP_SET_SINGLESHOT = 8, SINGLESHOT_FUTURE = 1 };
 enum { SEGBASE_FS, SEGBASE_GS_USER, SEGBASE_GS_KERNEL, SEGBASE_GS_USER_SEL };
 /* Words of struct vcpu_guest_context, from its control registers on. */
 enum { GDT_FRAMES = -19, GDT_ENTRIES = -3, KERNEL_SS, KERNEL_SP };
 enum { USER_CR3 = 1, KERNEL_CR3 = 3, EVENT_CALLBACK = 16, GS_BASE_USER = 22 };
 #define MOST_UPDATES 32
 #define ENOENT 2
+#define SINGLESHOT_BYTES 12
+#define NEVER UINT64_MAX
 
 #define TABLE_INDICATOR 4
 #define RESERVED_GDT_ENTRIES (14 * 512) /* the first that is Xen's */
@@ -68,6 +71,11 @@ struct mmu_request {
 struct mmuext_request {
 	uint32_t command, padding;
 	uint64_t arg1, arg2;
+};
+
+struct singleshot {
+	uint64_t timeout;
+	uint32_t flags;
 };
 
 struct iret_frame {
@@ -111,6 +119,7 @@ struct fastpath {
 	uint64_t version; /* what XENVER_version says */
 	uint64_t clock_offset; /* the domain's time is the monotonic clock's and this */
 	uint64_t khz;
+	uint64_t *timer; /* of the vCPU that runs, by the domain's time */
 	uint64_t deadline; /* by the monotonic clock: a timer is due */
 	/* both sides */
 	volatile uint64_t kicked;
@@ -290,11 +299,29 @@ static int mmuext_op(struct fastpath *f)
 	return 1;
 }
 
+/* The timer of the only vCPU: of several the deadline would be the least. */
+static int set_singleshot(struct fastpath *f)
+{
+	uint64_t *q = f->registers;
+	struct singleshot *wanted = guest_bytes(f, q[RDX], SINGLESHOT_BYTES);
+	__int128 deadline;
+
+	if (!wanted || q[RSI] || f->nr_vcpus != 1 || wanted->flags & SINGLESHOT_FUTURE)
+		return 0;
+	*f->timer = wanted->timeout;
+	deadline = (__int128)wanted->timeout - (int64_t)f->clock_offset;
+	f->deadline = deadline < 0 ? 0 : deadline > NEVER ? NEVER : (uint64_t)deadline;
+	q[RAX] = 0;
+	return 1;
+}
+
 /* Linux asks for every vCPU that its build has room for. */
 static int vcpu_op(struct fastpath *f)
 {
 	uint64_t *q = f->registers;
 
+	if (q[RDI] == VCPUOP_SET_SINGLESHOT)
+		return set_singleshot(f);
 	if ((uint32_t)q[RDI] != VCPUOP_IS_UP || (q[RDI] | q[RSI]) >> 31 || q[RSI] < f->nr_vcpus)
 		return 0;
 	q[RAX] = -ENOENT;

@@ -41,7 +41,7 @@ _POINTERS = (
 _WORDS = (
     "nr_frames", "domid", "unflushed",
     "open", "in_kernel", "control_registers", "events", "nr_vcpus", "version", "clock_offset",
-    "khz", "deadline", "kicked", "nr_crossings",
+    "khz", "timer", "deadline", "kicked", "nr_crossings",
 )  # fmt: skip
 
 
@@ -51,10 +51,11 @@ class _Structure(ctypes.Structure):
     _fields_ = tuple((name, ctypes.c_uint64) for name in _POINTERS + _WORDS)
 
 
-_OPEN, _IN_KERNEL, _CONTROL, _EVENTS, _DEADLINE, KICKED, NR_CROSSINGS = (
+_OPEN, _IN_KERNEL, _CONTROL, _EVENTS, _TIMER, _DEADLINE, KICKED, NR_CROSSINGS = (
     getattr(_Structure, name).offset // 8
     for name in (
-        "open", "in_kernel", "control_registers", "events", "deadline", "kicked", "nr_crossings",
+        "open", "in_kernel", "control_registers", "events", "timer", "deadline", "kicked",
+        "nr_crossings",
     )
 )  # fmt: skip
 
@@ -145,7 +146,13 @@ class Fastpath:
         self._context = self._info = None
 
     def see(
-        self, context: VcpuGuestContext, info: VcpuInfo, *, in_kernel: bool, deadline: int
+        self,
+        context: VcpuGuestContext,
+        info: VcpuInfo,
+        timer: ctypes.Array[Any],
+        *,
+        in_kernel: bool,
+        deadline: int,
     ) -> None:
         """Before the guest goes on: which vCPU does, and in which mode. deadline: by the monotonic
         clock, when a timer is due."""
@@ -154,6 +161,7 @@ class Fastpath:
             self._context, self._info = context, info
             words[_CONTROL] = ctypes.addressof(context.ctrlreg)
             words[_EVENTS] = ctypes.addressof(info)
+            words[_TIMER] = ctypes.addressof(timer)
         words[_IN_KERNEL] = in_kernel
         words[_DEADLINE] = deadline
         words[_OPEN] = 1

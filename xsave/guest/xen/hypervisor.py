@@ -152,7 +152,9 @@ class Hypervisor(GuestCpu):
         if deadline != NEVER:
             deadline = min(max(deadline - self.domain.clock.offset_ns, 0), NEVER)
         vcpu = self.vcpu
-        fastpath.see(vcpu.context, vcpu.info, in_kernel=vcpu.in_kernel, deadline=deadline)
+        fastpath.see(
+            vcpu.context, vcpu.info, vcpu.timer, in_kernel=vcpu.in_kernel, deadline=deadline
+        )
 
     # -- crossings ---
 
