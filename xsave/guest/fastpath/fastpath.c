@@ -2,11 +2,12 @@
  * The crossings that guests make by the ten thousand, answered without Python.
  *
  * Linux patches its own code all the time while it boots: for each patch it changes a few page-table
- * entries one by one, changes to other page tables and back, and reads its clock. These functions
- * are the emulator's hooks. They do such a crossing if it is of the usual kind and nothing about it
- * is in doubt, just as hypervisor.py and what it calls would; all else they leave to Python, before
- * they have changed anything. That Python does the same with or without them is tested
- * (tests/guest/test_fastpath.py); without this library it does everything.
+ * entries one by one, changes to other page tables and back, and reads its clock; and each switch of
+ * tasks, tick and event takes a few more. These functions are the emulator's hooks. They do such a
+ * crossing if it is of the usual kind and nothing about it is in doubt, just as hypervisor.py and what
+ * it calls would; all else they leave to Python, before they have changed anything. That Python does
+ * the same with or without them is tested (tests/guest/test_fastpath.py); without this library it does
+ * everything.
  *
  * Everything here is known to Python by address: struct fastpath is fastpath.py's, its order too.
  */

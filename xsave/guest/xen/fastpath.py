@@ -1,7 +1,7 @@
 """Crossings that a small library answers without Python (xsave/guest/fastpath/fastpath.c).
 
-A crossing takes Python 10 to 30 us, most of it its own; Linux makes 120,000 while it boots, nearly
-all of four kinds. The library's functions are the emulator's hooks then. They know the domain by
+A crossing takes Python 10 to 40 us, most of it its own; Linux makes 130,000 while it boots, nearly
+all of a few kinds. The library's functions are the emulator's hooks then. They know the domain by
 a structure that is kept true here: Python sees every crossing that changes anything of it, and
 tells the library before the guest goes on (`see`).
 
