@@ -382,6 +382,12 @@ def test_help_imports_nothing_heavy(arguments, xsave_home):
     assert modules_after(*arguments, home=xsave_home) & HEAVY == set()
 
 
+def test_create_does_without_the_emulator(xsave_home):
+    """Only the domain's process loads it: the command is ready long before."""
+    made = modules_after("-q", "create", "g", "--paused", home=xsave_home)
+    assert made & HEAVY == {"numpy"}
+
+
 def test_the_import_test_can_fail(xsave_home):
     """A command that needs numpy is seen to import it."""
     assert "numpy" in modules_after("list", home=xsave_home) & HEAVY

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import struct
 
-from xsave.guest.xen.blkback import BlockDevice, Vbd
+from xsave.guest.xen.blkback.device import BlockDevice
+from xsave.guest.xen.blkback.disk import Vbd
 from xsave.guest.xen.events import Port
 
 RING = 5

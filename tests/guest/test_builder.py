@@ -71,6 +71,9 @@ class Built:
 KERNELS = {
     "built-in": KERNEL_ELF.read_bytes(),
     "small": make_elf(),
+    "across pages": make_elf(
+        [(0x1000, TEXT, 5100), (0x1000 + 5100, TEXT * 2, 10300), (0x8010, TEXT[:20], 20)]
+    ),
     "with a p2m of its own": make_elf(note_bytes=notes(INIT_P2M=P2M_AT, MOD_START_PFN=1)),
     "in the lower half": make_elf(note_bytes=notes(base=0x10_0000_0000)),
 }

@@ -21,20 +21,51 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.guest.rig import FULL, MIB, READ_ONLY, Guest, Machines
-from xsave.frames import PAGE_SHIFT, PAGE_SIZE, PTE_PRESENT, PTE_PSE, PTE_PWT, PTE_RW, PTE_USER
+from xsave.frames import (
+    PAGE_SHIFT,
+    PAGE_SIZE,
+    PTE_GLOBAL,
+    PTE_PRESENT,
+    PTE_PSE,
+    PTE_PWT,
+    PTE_RW,
+    PTE_USER,
+)
 from xsave.guest.xen import fastpath, hypervisor
-from xsave.guest.xen.cpuregs import R11, RAX, RBX, RCX, RDX, RIP, RSP
+from xsave.guest.xen.cpuregs import (
+    CS_BASE,
+    CS_SEL,
+    FS_BASE,
+    GS_BASE,
+    GS_SEL,
+    HFLAG_CODE32,
+    HFLAG_CODE64,
+    HFLAG_STACK32,
+    HFLAGS,
+    R11,
+    RAX,
+    RBX,
+    RCX,
+    RDX,
+    RIP,
+    RSP,
+    SS_SEL,
+)
 from xsave.guest.xen.domain import RESERVED_GDT_PAGE
 from xsave.guest.xen.fastpath import NR_CROSSINGS
 from xsave.guest.xen.pagetable import PGT_L4
 from xsave.guest.xen.time import RealClock
 
+SEGMENTS = (CS_SEL, CS_BASE, SS_SEL, FS_BASE, GS_SEL, GS_BASE)
+LONG_MODE = HFLAG_CODE64 | HFLAG_CODE32 | HFLAG_STACK32
 SOURCE = Path(fastpath.__file__).parents[1] / "fastpath"
 DOMID_SELF = 0x7FF0
 NR = 40
 ARGUMENTS, OUT = 4, 5  # pages of the guest
 FIRST_LOOSE, ROOTS = 8, (32, 33, 34, 35)
-MMU_UPDATE, VCPU_OP, MMUEXT_OP = 1, 24, 26
+MMU_UPDATE, STACK_SWITCH, XEN_VERSION, IRET = 1, 3, 17, 23
+VCPU_OP, SET_SEGMENT_BASE, MMUEXT_OP = 24, 25, 26
+STACK = 2  # the stack's top is this page's beginning
 #: syscall; mov rbx, rax; mov eax, 255 (the `syscall` that ends the run is no hypercall)
 HYPERCALL = b"\x0f\x05\x48\x89\xc3\xb8\xff\x00\x00\x00"
 CLI = b"\xfa"
@@ -131,6 +162,9 @@ def state(guest: Guest) -> dict[str, object]:
     machine, context, tables = guest.machine, guest.vcpu.context, guest.tables
     return {
         "registers": [guest.hv.q[i] for i in (RAX, RBX, RCX, RDX, R11, RIP, RSP)],
+        "segments": [guest.hv.q[i] for i in SEGMENTS],
+        "flags": [guest.hv.cpu.rflags, guest.hv.cpu.state.d[HFLAGS] & LONG_MODE],
+        "stack": [context.kernel_ss, context.kernel_sp, context.gs_base_user],
         "stopped": [guest.hv.stopped_at],
         "memory": machine.mem,
         "owner": machine.owner,
@@ -142,12 +176,14 @@ def state(guest: Guest) -> dict[str, object]:
         "flush": [tables.unflushed, tables.stale_tlb, tables.stale_pages],
         "mask": [guest.vcpu.info.evtchn_upcall_mask, guest.vcpu.in_kernel],
         "end": [guest.domain.shutdown_reason, guest.domain.crash_message],
+        "timer": [guest.vcpu.timer_ns],
         "crossings": [guest.hv.nr_crossings],
     }
 
 
-def hypercall(number, *arguments, requests=b"", pending=False, code=HYPERCALL):
-    """What has a guest make a hypercall; `requests` lie where the first argument shows."""
+def hypercall(number, *arguments, requests=b"", pending=False, code=HYPERCALL, stack=None):
+    """What has a guest make a hypercall; `requests` lie where the first argument shows. stack:
+    where its stack ends, relative to where it should."""
 
     def change(guest: Guest) -> None:
         if guest.domain.shutdown_reason is not None:
@@ -157,7 +193,7 @@ def hypercall(number, *arguments, requests=b"", pending=False, code=HYPERCALL):
         guest.vcpu.info.evtchn_upcall_pending = 0
         values = [a(guest) if callable(a) else a for a in arguments]
         registers = dict(zip(("rdi", "rsi", "rdx", "r10"), values, strict=False))
-        guest.start(code, rax=number, rbx=0, rsp=guest.va(2), **registers)
+        guest.start(code, rax=number, rbx=0, rsp=guest.va(STACK) + (stack or 0), **registers)
         guest.vcpu.info.evtchn_upcall_pending = pending
         if pending:  # `run` would deliver it at once: let it come with the crossing
             guest.vcpu.info.evtchn_upcall_mask = 1
@@ -210,21 +246,58 @@ extended = st.one_of(
 )  # fmt: skip
 
 
+stack = st.sampled_from([0] * 6 + [8, 24, 40, 56, 72, 4 * PAGE_SIZE, 60 * PAGE_SIZE, 1 << 62])
+word = st.sampled_from([0, 1, 0xE02B, 1 << 32, 1 << 47, (1 << 64) - 8])
+base = st.sampled_from(
+    [0, 3, 4, 8, 0x33, 0x10000, 0x10003, 1 << 32, (1 << 47) - 1, 1 << 47, 0x1FFFF << 47, 1 << 63]
+)
+iret_frames = st.tuples(
+    st.sampled_from([0, 0, 0x100]), st.sampled_from([0xE030, 0xE030, 0x10, 0xE033, 0x50000E030]),
+    st.sampled_from([2, 0x202, 0x202, 0x302, 0x246, 0xFFFFFFFFFFFFFFFF & ~0x100, 0x8D7 | 1 << 18]),
+    st.sampled_from([0xE02B, 0, 0x1E028]),
+)  # fmt: skip
+timers = st.tuples(
+    st.sampled_from([0, 0, 0, 1, 1 << 32]),
+    st.sampled_from([0, 1, 10**9 - 1, 10**9, 10**9 + 1, 1 << 63, (1 << 64) - 2, (1 << 64) - 1]),
+    st.sampled_from([0, 0, 0, 1, 2, 3]), st.sampled_from([0, 8, 0xFF4, 0xFF8]),
+)  # fmt: skip
+NUMBERS = {"stack": STACK_SWITCH, "segment": SET_SEGMENT_BASE, "version": XEN_VERSION}
+
+
+def iret(flags, cs, rflags, ss, *, stack, pending=False):
+    """What has a guest return from a trap, to a `syscall` that ends the run, on page 3's stack."""
+
+    def change(guest: Guest) -> None:
+        frame = struct.pack("<9Q", 255, 11, 12, flags, guest.va(6, SYSCALL_IN_END), cs, rflags,
+                            guest.va(4), ss)  # fmt: skip
+        guest.poke(STACK - 1, PAGE_SIZE - len(frame), frame)
+        at = (stack or 0) - len(frame)
+        hypercall(IRET, pending=pending, stack=at)(guest)
+
+    return change
+
+
 @st.composite
 def crossings(draw):
     """One crossing, as (kind, what it is about)."""
-    kind = draw(st.sampled_from(["update", "update", "extended", "is up", "cli", "elsewhere"]))
+    kind = draw(st.sampled_from([
+        "update", "update", "extended", "is up", "cli", "elsewhere", "stack", "segment", "version",
+        "iret", "timer",
+    ]))  # fmt: skip
     content = {
         "update": st.lists(update, min_size=1, max_size=3), "extended": extended,
         "is up": st.tuples(st.integers(0, 4), st.sampled_from([0, 1, 31, 64, 1 << 31, 1 << 40])),
-        "cli": st.none(), "elsewhere": st.sampled_from([MMU_UPDATE, MMUEXT_OP]),
+        "stack": st.tuples(word, word), "segment": st.tuples(st.integers(0, 4) | word, base),
+        "version": st.tuples(st.sampled_from([0, 0, 7, 99, 1 << 32])), "iret": iret_frames,
+        "timer": timers, "cli": st.none(), "elsewhere": st.sampled_from([MMU_UPDATE, MMUEXT_OP]),
     }[kind]  # fmt: skip
-    return kind, draw(content), draw(count), draw(done_ptr), draw(domid), draw(pending)
+    return kind, draw(content), draw(count), draw(done_ptr), draw(domid), draw(pending), draw(stack)
 
 
 def change_of(crossing):
     """What has a guest make this crossing."""
-    kind, content, nr, out, whose, event = crossing
+    kind, content, nr, out, whose, event, off = crossing
+    given = {"pending": event, "stack": off}
 
     def change(guest: Guest) -> None:
         named_frames = frames_of(guest)
@@ -237,19 +310,27 @@ def change_of(crossing):
                             named_frames[target] << PAGE_SHIFT & (1 << 52) - 1 | flags)
                 for table, slot, command, target, flags in content
             )  # fmt: skip
-            hypercall(MMU_UPDATE, here, *rest, requests=requests, pending=event)(guest)
+            hypercall(MMU_UPDATE, here, *rest, requests=requests, **given)(guest)
         elif kind == "extended":
             requests = b"".join(
                 struct.pack("<IIQQ", op, 0, named_frames[target], 0) for op, target in content
             )
-            hypercall(MMUEXT_OP, here, *rest, requests=requests, pending=event)(guest)
+            hypercall(MMUEXT_OP, here, *rest, requests=requests, **given)(guest)
         elif kind == "is up":
-            hypercall(VCPU_OP, *content, pending=event)(guest)
+            hypercall(VCPU_OP, *content, **given)(guest)
+        elif kind in NUMBERS:
+            hypercall(NUMBERS[kind], *content, **given)(guest)
+        elif kind == "timer":
+            vcpu, timeout, flags, offset = content
+            guest.poke(ARGUMENTS, offset, struct.pack("<QI", timeout, flags))
+            hypercall(VCPU_OP, 8, vcpu, guest.va(ARGUMENTS, offset), **given)(guest)
+        elif kind == "iret":
+            iret(*content, **given)(guest)
         elif kind == "cli":
-            hypercall(0, code=CLI + HYPERCALL[2:], pending=event)(guest)
+            hypercall(0, code=CLI + HYPERCALL[2:], **given)(guest)
         else:  # requests that are not there, or go over the end of a page
             for address in (guest.va(60), guest.va(ARGUMENTS, 0xFF8), 1 << 47):
-                hypercall(content, address, 1, 0, whose, pending=event)(guest)
+                hypercall(content, address, 1, 0, whose, **given)(guest)
 
     return change
 
@@ -294,13 +375,16 @@ def test_an_entry_of_each_kind(twins, before):
 
 
 def test_an_entry_in_each_kind_of_table(twins):
-    """Only those of L1 tables are simple: one of any other frame, in each kind of frame, with each
-    command."""
+    """Simple are those of L1 tables, and new ones of L2 and L3 tables: one of any other frame, in
+    each kind of frame, with each command."""
     guest = twins.guests[0]
     number = len(kinds_of(guest))
     for table in range(number):
         for target in range(number):
-            for command, flags in ((0, FULL), (0, READ_ONLY), (0, 0), (1, FULL), (2, FULL), (4, 0)):
+            for command, flags in (
+                (0, FULL | PTE_PSE), (0, FULL | PTE_GLOBAL), (0, FULL), (0, READ_ONLY), (0, 0),
+                (0, PTE_RW), (0, PTE_PRESENT), (1, FULL), (2, FULL), (4, 0),
+            ):  # fmt: skip
                 where, what = (kinds_of(guest)[kind] << PAGE_SHIFT for kind in (table, target))
                 # A slot that nothing lies behind; in the m2p, an entry of the frame's own.
                 request = struct.pack(
@@ -392,6 +476,117 @@ def test_usual_crossings_are_the_librarys(twins):
     assert twins.guests[0].hv.q[RBX] == 0
 
 
+def test_new_entries_of_upper_tables_are_the_librarys(twins):
+    """None in the place of none, and a table in use; all else may begin or end one."""
+    guest = twins.guests[0]
+    for table, target in ((guest.l2, guest.l1), (guest.l3, guest.l2)):
+        entries = 0, PTE_RW, target << PAGE_SHIFT | READ_ONLY, target << PAGE_SHIFT | FULL, 0
+        for entry, quick in zip(entries, (1, 1, 1, 0, 0), strict=True):
+            before = twins.nr_quick()
+            request = struct.pack("<QQ", table << PAGE_SHIFT | 8 * 300, entry)
+            twins.do(hypercall(MMU_UPDATE, lambda g: g.va(ARGUMENTS), 1, 0, DOMID_SELF,
+                               requests=request))  # fmt: skip
+            assert guest.hv.q[RBX] == 0
+            assert twins.nr_quick() - before == quick
+
+
+def test_xens_part_of_an_l4_table_is_not_the_guests(twins):
+    """Not even to write none over none."""
+    guest = twins.guests[0]
+    for entry in (0, guest.l3 << PAGE_SHIFT | FULL):
+        request = struct.pack("<QQ", guest.l4 << PAGE_SHIFT | 8 * 260, entry)
+        twins.do(hypercall(MMU_UPDATE, lambda g: g.va(ARGUMENTS), 1, 0, DOMID_SELF,
+                           requests=request))  # fmt: skip
+        assert guest.hv.q[RBX] == -errno.EINVAL & (1 << 64) - 1
+
+
+def only_the_library(twins) -> None:
+    """Python is not to be asked for the end of a crossing."""
+
+    def asked(_skip: int) -> None:
+        raise AssertionError("Python was asked")
+
+    twins.guests[0].hv.fastpath._leave = asked
+
+
+@pytest.mark.parametrize("pending", [False, True])
+def test_what_a_switch_of_tasks_makes(twins, pending):
+    """Its stack, its segments, its timer; an event that comes with it; and back from that."""
+    only_the_library(twins)
+    changes = [
+        hypercall(STACK_SWITCH, 0xE02B, 0x1234000, pending=pending),
+        *(hypercall(SET_SEGMENT_BASE, n, 0x777000 + n, pending=pending) for n in (0, 1, 2)),
+        hypercall(SET_SEGMENT_BASE, 3, 0, pending=pending),
+        hypercall(XEN_VERSION, 0, pending=pending),
+        iret(0, 0xE030, 0x246, 0xE02B, stack=0, pending=pending),
+        iret(0x100, 0xE030, 0x2, 0xE02B, stack=0),
+        hypercall(0, code=CLI + HYPERCALL[2:], pending=pending),
+        hypercall(VCPU_OP, 8, 0, lambda g: g.va(ARGUMENTS), pending=pending,
+                  requests=struct.pack("<QI", 1 << 62, 0)),
+    ]  # fmt: skip
+    for nr, change in enumerate(changes, 1):
+        twins.do(change)
+        assert twins.nr_quick() == nr
+        guest = twins.guests[0]
+        assert guest.vcpu.info.evtchn_upcall_mask == (pending if nr != 8 else 1)
+    context = guest.vcpu.context
+    assert (context.kernel_ss, context.kernel_sp) == (0xE02B, 0x1234000)
+    assert (guest.hv.q[FS_BASE], guest.hv.q[GS_BASE]) == (0x777000, 0x777002)
+
+
+@pytest.mark.parametrize(("cs", "rflags"), [(0xE033, 0x202), (0xE030, 0x302)])
+def test_other_returns_are_pythons(twins, cs, rflags):
+    """To user space, which has tables of its own, and with a single step."""
+    twins.do(iret(0, cs, rflags, 0xE02B, stack=0))
+    assert twins.nr_quick() == 0
+
+
+def test_a_step_that_began_ends_in_python(twins):
+    """An iret with TF, and behind it one that the library could do: the #DB of neither is lost."""
+    step = b"\xb8\x17\x00\x00\x00\x0f\x05"  # mov eax, 23; syscall
+
+    def two(guest: Guest) -> None:
+        guest.poke(3, 0, END)
+        guest.stops.add(guest.va(3, SYSCALL_IN_END))
+        guest.set_handler(1)
+        frames = [
+            struct.pack("<9Q", IRET, 0, 0, 0, guest.va(0, 5), 0xE030, 0x302, guest.va(8, 72), 0),
+            struct.pack("<9Q", 0, 0, 0, 0, guest.va(3), 0xE030, 0x202, guest.va(9), 0),
+        ]
+        guest.poke(8, 0, b"".join(frames))
+        guest.start(step, rsp=guest.va(8))
+        guest.hv.run()
+
+    twins.do(two)
+    assert twins.guests[0].hv.stopped_at >= 0
+
+
+@pytest.mark.parametrize("selector", [0, 3, 8, 0x2B, 0x1000, 0x1003, 0x2C, 0xE02B, 0xFFFB])
+@pytest.mark.parametrize("entries", [0, 1, 6, 512, 513])
+def test_the_segment_of_a_selector(twins, selector, entries):
+    """The base of a descriptor that is present; of the first one, too, which should be none. Those
+    of an LDT and Xen's own are Python's to look for."""
+    for descriptor in (0, 0x00CF73000000FFFF, 0x40F3778899AAFFFF):
+
+        def change(guest: Guest, descriptor: int = descriptor) -> None:
+            mfns = guest.unmap(20, 21)[: -(-entries // 512)]
+            for mfn in mfns:
+                guest.machine.mem[mfn, [0, 1, 5]] = descriptor
+            guest.hv.q[GS_SEL] |= 0x13
+            assert guest.domain.set_gdt(guest.vcpu, mfns, entries) == 0
+            hypercall(0)(guest)  # what was mapped is forgotten
+            guest.vcpu.context.gs_base_user = 7
+            hypercall(SET_SEGMENT_BASE, 3, selector | 1 << 16)(guest)
+            loaded = guest.vcpu.context.gs_base_user
+            assert guest.domain.set_gdt(guest.vcpu, [], 0) == 0
+            guest.vcpu.context.gs_base_user = loaded
+
+        before = twins.nr_quick()
+        twins.do(change)
+        assert twins.nr_quick() - before == (selector & 4 == 0 and selector < 0xE000)
+        assert twins.guests[0].vcpu.context.gs_base_user != 7
+
+
 def test_a_mapping_that_is_gone_with_the_address_space_faults(twins):
     """What an entry was is forgotten when an address space is loaded: the store behind faults."""
     guest = twins.guests[0]
@@ -469,6 +664,47 @@ def test_a_timer_that_is_due_ends_a_quick_crossing_too(twins):
     assert len(seen) == 1
     assert 20_000_000 <= seen[0] < 2_000_000_000
     assert twins.nr_quick() > 100
+
+
+def test_a_timer_that_the_library_sets_comes(twins):
+    """A guest that sets its timer and asks for a vCPU there is not, over and over: when the timer
+    is due it is run, and not before."""
+    guest = twins.guests[0]
+    clock = guest.domain.clock = RealClock(10**9)
+    clock.start()
+    due = []
+    guest.domain.run_timers = lambda now: (due.append((now, guest.vcpu.timer_ns)),
+                                           setattr(guest.vcpu, "timer_ns", None),
+                                           len(due) == 3 and guest.hv.kick())  # fmt: skip
+    code = (
+        b"\x4d\x01\x2c\x24"  # again: add [r12], r13
+        b"\xb8\x18\x00\x00\x00\xbf\x08\x00\x00\x00\x31\xf6\x4c\x89\xe2\x0f\x05"
+        b"\xbb\x20\x4e\x00\x00"  # mov ebx, 20000
+        b"\xb8\x18\x00\x00\x00\xbf\x03\x00\x00\x00\xbe\x07\x00\x00\x00\x0f\x05"  # is up?
+        b"\xff\xcb\x75\xeb"  # dec ebx; jnz: ask again
+        b"\xeb\xcf"  # jmp again
+    )
+    step = 5_000_000
+    guest.poke(ARGUMENTS, 0, struct.pack("<QI", clock.now(), 0))
+    guest.start(code, r12=guest.va(ARGUMENTS), r13=step)
+    guest.hv.run()
+    assert len(due) == 3
+    assert all(0 <= now - timer < 10**9 for now, timer in due)
+    assert twins.nr_quick() > 10_000
+
+
+def test_timers_of_several_vcpus_are_pythons():
+    """Their deadline is the earliest of all."""
+    machines = Machines()
+    try:
+        guest = make(machines)
+        guest.domain.vcpus.append(guest.domain.vcpus[0])  # as far as the library can see
+        request = struct.pack("<QI", 1 << 62, 0)
+        hypercall(VCPU_OP, 8, 0, lambda g: g.va(ARGUMENTS), requests=request)(guest)
+        assert guest.hv.fastpath.words[NR_CROSSINGS] == 0
+        assert guest.vcpu.timer_ns == 1 << 62
+    finally:
+        machines.close()
 
 
 @pytest.mark.parametrize("khz", [1_000_000, 2_400_000, 3_999_999])

@@ -61,6 +61,19 @@ def test_what_is_typed_at_once_is_console_input(control, monkeypatch):
         assert sock.recv(2) == b"# "
 
 
+def test_output_that_nobody_watches_wakes_nobody(control):
+    """The thread is left alone until there is a console, which then hears all."""
+    woken = []
+    distribute = control._distribute
+    control._distribute = lambda: (woken.append(1), distribute())
+    control.console_output(b"unheard")
+    sock, _client = attach(control)
+    assert not woken
+    control.console_output(b"heard")
+    assert sock.recv(100) == b"heard"
+    assert woken
+
+
 def test_a_paste_of_any_size(control):
     """Who types more than the guest takes waits, and nothing is lost: all of it arrives, in order,
     as the guest makes room; output goes on meanwhile."""

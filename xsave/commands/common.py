@@ -67,13 +67,14 @@ class Settings:
         given = [*switches, "--progress", self.progress_mode, *arguments]
         return run_there(there, given, terminal=terminal)
 
-    def prestart(self) -> WaitingProcess:
-        """Start the process of a domain to come, before anything else is even imported."""
+    def prestart(self, kernel: str | None = None) -> WaitingProcess:
+        """Start the process of a domain to come, before anything else is even imported. kernel:
+        what it will be built from."""
         from xsave.host.paths import hosts_directory
         from xsave.host.prestart import WaitingProcess
 
         try:
-            return WaitingProcess(hosts_directory() / self.host)
+            return WaitingProcess(hosts_directory() / self.host, kernel)
         except OSError as e:
             raise StorageError(f"cannot start the domain's process: {e}") from e
 

@@ -69,7 +69,7 @@ def create(
     chosen = {event: action for event, action in actions.items() if action}
     if file != name and "kernel" not in options:
         raise UsageError(f"{file}: it has no kernel")
-    with settings.prestart() as process:
+    with settings.prestart(options.get("kernel")) as process:
         from xsave.host import create as verb
 
         options["actions"] = options.get("actions", verb.DEFAULT_ACTIONS) | chosen

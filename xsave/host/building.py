@@ -9,7 +9,6 @@ import contextlib
 import gc
 import json
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,7 +18,6 @@ from xsave.frames import PAGE_SIZE
 from xsave.guest.xen import elf
 from xsave.guest.xen.adopt import adopt_context
 from xsave.guest.xen.builder import build
-from xsave.guest.xen.bzimage import unwrap
 from xsave.guest.xen.context import xsave_fault
 from xsave.guest.xen.cpuid import XEN_VERSION, CpuPolicy
 from xsave.guest.xen.domain import Domain
@@ -33,10 +31,10 @@ from xsave.host.disk.disks import Disks
 from xsave.host.disk.spec import from_json
 from xsave.host.registry import write_record
 from xsave.host.running import RunningDomain
+from xsave.host.unpacking import read_file, unpack
 from xsave.public import XEN_LEGACY_MAX_VCPUS
 
 Answer = tuple[dict[str, Any], bytes]
-_MAX_RAMDISK_BYTES = 1 << 30
 
 
 class Building:
@@ -155,10 +153,15 @@ class Building:
 
     def _boot(self, path: str, ramdisk: str | None, cmdline: str, nr_pages: int) -> None:
         """Load a kernel into the empty domain."""
-        kernel = elf.parse(unwrap(_read_file(path), path), path)
-        initrd = _read_file(ramdisk) if ramdisk else b""
+        kernel = elf.parse(self._unpacked(path), path)
+        initrd = read_file(ramdisk) if ramdisk else b""
         build(self._running.domain, kernel, initrd, cmdline, nr_pages)
         self._p2m_size = nr_pages
+
+    def _unpacked(self, path: str) -> bytes | memoryview:
+        """The kernel in a file: it was read when the process began, if that was told of it."""
+        begun, self._running.unpacking = self._running.unpacking, None
+        return begun.result() if begun and begun.path == path else unpack(path)
 
     def restart(self) -> None:
         """Begin again from the kernel, as the configuration says: same domid, name, clock and
@@ -324,13 +327,3 @@ class Building:
 def availability(online: bool) -> str:
     """What cpu/N/availability says."""
     return "online" if online else "offline"
-
-
-def _read_file(path: str) -> bytes:
-    try:
-        data = Path(path).read_bytes()
-    except OSError as e:
-        raise StorageError(f"{path}: {e.strerror}") from e
-    if len(data) > _MAX_RAMDISK_BYTES:
-        raise HostCannotTake(f"{path}: {len(data)} bytes: expected at most {_MAX_RAMDISK_BYTES}")
-    return data

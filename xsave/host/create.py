@@ -90,6 +90,7 @@ def create(
             deterministic=deterministic is not None,
             builtin=boot.builtin,
             disks=boot.disks_json(),
+            warm=not boot.builtin,  # while its kernel is being unpacked
             seed=deterministic,
         )
         domctl.build(boot.kernel_path, boot.ramdisk, cmdline, memory_bytes // PAGE_SIZE)

@@ -26,12 +26,15 @@ _MAX_IDENTITY = 1 << 16
 class WaitingProcess:
     """One process of a host that has no domain yet. Raises OSError if it cannot be started."""
 
-    def __init__(self, host_directory: Path) -> None:
+    def __init__(self, host_directory: Path, kernel: str | None = None) -> None:
+        """kernel: the file it will be built from, if that is known already."""
+        unpack = [str(Path(kernel).absolute())] if kernel else []
         self._sock, theirs = socket.socketpair()
         with theirs:
-            subprocess.Popen(
+            self.child = subprocess.Popen(
                 [
-                    sys.executable, "-m", PROCESS_MODULE, str(host_directory), str(theirs.fileno())
+                    sys.executable, "-m", PROCESS_MODULE, str(host_directory), str(theirs.fileno()),
+                    *unpack,
                 ],
                 stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, cwd="/",
                 start_new_session=True, pass_fds=(theirs.fileno(),), env=_environment(),

@@ -19,13 +19,14 @@ from xsave.host.control import Control
 from xsave.host.disk.disks import Disks
 from xsave.host.filling import Filling
 from xsave.host.throttle import Throttle
+from xsave.host.unpacking import Unpacking
 
 
 class RunningDomain:
     """`hypervisor` and with it `domain` and `xen` exist after the `begin` request.
 
     paused: xl pause, and every domain at first; builtin: the kernel is ours; finished: the
-    process is to end.
+    process is to end; unpacking: of the kernel, if it has begun before anybody asked.
     """
 
     def __init__(
@@ -49,6 +50,7 @@ class RunningDomain:
         self.filling = self._filling(lazy)
         self.disks = Disks([], self.disk_done, self.have)
         self.throttle = Throttle()
+        self.unpacking: Unpacking | None = None
         self._cpu: Cpu | None = None
         self.paused = True
         self.builtin = False

@@ -1,6 +1,6 @@
 """The laboratory's scheduler: which vCPU runs, for how long, and when a wait is over.
 
-The loop of a domain's process (xsave.host.process), in virtual time and with nobody to ask: the
+The loop of a domain's process (xsave.host.loop), in virtual time and with nobody to ask: the
 same guest goes the same way every time. It is also the adversary. `first` names a vCPU that runs
 as long as it can: another one gets a slice only when that one is blocked, has yielded or spins; so
 a vCPU that was left in the middle of something stays exactly there until the others wait for it.

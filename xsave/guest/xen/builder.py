@@ -131,26 +131,30 @@ class Builder:
         self.machine.m2p[self.p2m] = np.arange(self.nr_pages, dtype=np.uint64)
         for segment in self.kernel.segments:
             end = segment.offset + segment.file_bytes
-            self._write(segment.paddr, self.kernel.data[segment.offset : end])
+            self._write(segment.paddr, memoryview(self.kernel.data)[segment.offset : end])
         self._write(self.ramdisk_pfn << PAGE_SHIFT, self.ramdisk)
         self._write(self.p2m_pfn << PAGE_SHIFT, self.p2m.tobytes())
         self._write_tables()
         self._write_start_info()
         self._start_vcpu()
 
-    def _write(self, paddr: int, data: bytes) -> None:
-        """Copy bytes to guest-physical memory, whole pages at a time."""
+    def _write(self, paddr: int, data: bytes | memoryview) -> None:
+        """Copy bytes to guest-physical memory. Raises HostCannotTake, StorageError."""
         if not data:
             return
-        first, offset = paddr >> PAGE_SHIFT, paddr & 0xFFF
-        nr = _pages(offset + len(data))
-        if first + nr > self.nr_pages:
+        pfn, offset = paddr >> PAGE_SHIFT, paddr & 0xFFF
+        if pfn + _pages(offset + len(data)) > self.nr_pages:
             raise HostCannotTake(f"the kernel wants memory at {paddr:#x}, beyond the domain's end")
-        frames, pages = self.p2m[first : first + nr], self.machine.pages
-        buffer = np.empty((nr, PAGE_SIZE), np.uint8)
-        buffer[[0, -1]] = pages[frames[[0, -1]]]  # what else is in the pages at the ends
-        buffer.reshape(-1)[offset : offset + len(data)] = np.frombuffer(data, np.uint8)
-        pages[frames] = buffer
+        content, pages = np.frombuffer(data, np.uint8), self.machine.pages
+        if offset:
+            head, content = content[: PAGE_SIZE - offset], content[PAGE_SIZE - offset :]
+            pages[self.p2m[pfn], offset : offset + head.size] = head
+            pfn += 1
+        nr = content.size >> PAGE_SHIFT
+        rows, tail = content[: nr << PAGE_SHIFT].reshape(nr, PAGE_SIZE), content[nr << PAGE_SHIFT :]
+        self.machine.write_frames(self.p2m[pfn : pfn + nr], rows, np.arange(nr))
+        if tail.size:
+            pages[self.p2m[pfn + nr], : tail.size] = tail
 
     def _write_tables(self) -> None:
         mem, p2m = self.machine.mem, self.p2m

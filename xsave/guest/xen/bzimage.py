@@ -31,7 +31,7 @@ def is_bzimage(data: bytes) -> bool:
     return data[_MAGIC : _MAGIC + 4] == b"HdrS"
 
 
-def unwrap(data: bytes, name: str) -> bytes:
+def unwrap(data: bytes, name: str) -> bytes | memoryview:
     """Return the ELF file inside a bzImage; what is no bzImage is returned as it is.
 
     Raises HostCannotTake, naming what is wrong and where.

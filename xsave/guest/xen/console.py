@@ -25,6 +25,7 @@ class Console:
     def __init__(self, log_path: Path) -> None:
         self._log_path = log_path
         self._fd = os.open(log_path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+        self._log_bytes = os.fstat(self._fd).st_size
         self.page: memoryview | None = None
         self.listeners: list[Callable[[bytes], None]] = []
         #: Called when there is room for input again after type() said that there is none.
@@ -38,8 +39,8 @@ class Console:
         """Guest output, from the ring or from the console_io hypercall."""
         if not data:
             return
-        os.write(self._fd, data)
-        if os.fstat(self._fd).st_size > LOG_LIMIT_BYTES:
+        self._log_bytes += os.write(self._fd, data)
+        if self._log_bytes > LOG_LIMIT_BYTES:
             self._trim()
         for listener in self.listeners:
             listener(data)
@@ -47,7 +48,7 @@ class Console:
     def _trim(self) -> None:
         keep = self._log_path.read_bytes()[-LOG_LIMIT_BYTES // 2 :]
         os.ftruncate(self._fd, 0)
-        os.write(self._fd, keep)
+        self._log_bytes = os.write(self._fd, keep)
 
     def drain(self) -> bool:
         """Take what the guest wrote, give it what was typed. True if the ring moved."""

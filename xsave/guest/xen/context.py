@@ -38,6 +38,9 @@ RFLAGS_LIVE = 0x240DD5
 _FXSAVE_DEFAULT = struct.pack("<HHB19xII", 0x37F, 0, 0, 0x1F80, 0xFFFF) + bytes(480)
 
 
+#: In 584 years.
+_NO_TIMER = (1 << 64) - 1
+
 _XSAVE_PREFIX, _XSAVE_AREA_MIN = struct.Struct("<QQ"), 512 + 64
 #: x87, SSE, AVX: what an XCR0 of the emulated CPU can hold.
 XCR0_POSSIBLE = 7
@@ -88,7 +91,7 @@ class Vcpu:
         self.blocked = False
         self.polling: tuple[int, ...] = ()
         self.poll_deadline_ns: int | None = None
-        self.timer_ns: int | None = None
+        self.timer = (ctypes.c_uint64 * 1)(_NO_TIMER)  # fastpath.py shares it
         self.traps: dict[int, tuple[int, int]] = {}
 
     # -- what the guest has set, in the words of its user ---
@@ -98,6 +101,16 @@ class Vcpu:
         """Machine address of the page tables in use."""
         c = self.context.ctrlreg
         return c[3] & ~0xFFF if self.in_kernel else c[1] & ~0xFFF
+
+    @property
+    def timer_ns(self) -> int | None:
+        """When the one-shot timer is due, by the domain's clock; None: it is not set."""
+        timeout = self.timer[0]
+        return None if timeout == _NO_TIMER else timeout
+
+    @timer_ns.setter
+    def timer_ns(self, timeout: int | None) -> None:
+        self.timer[0] = _NO_TIMER if timeout is None else timeout
 
     @property
     def iopl(self) -> int:

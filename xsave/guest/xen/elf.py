@@ -33,7 +33,7 @@ class Segment:
 class Kernel:
     """A parsed kernel. Numeric notes are integers; missing ones are not in `notes`."""
 
-    data: bytes
+    data: bytes | memoryview
     segments: tuple[Segment, ...]
     notes: dict[int, int] = field(default_factory=dict)
 
@@ -55,7 +55,7 @@ def _bad(name: str, what: str) -> HostCannotTake:
     return HostCannotTake(f"{name}: not a 64-bit Xen PV kernel: {what}")
 
 
-def parse(data: bytes, name: str) -> Kernel:
+def parse(data: bytes | memoryview, name: str) -> Kernel:
     """Parse an ELF kernel. Raises HostCannotTake for anything else, naming what is wrong."""
     if data[:4] != b"\x7fELF":
         raise _bad(name, "expected an ELF file or a bzImage, found neither")
@@ -90,7 +90,7 @@ def _check(kernel: Kernel, name: str) -> None:
         raise _bad(name, f"it ends at {kernel.end:#x}, more than {_MAX_KERNEL_BYTES >> 20} MiB")
 
 
-def _notes(blob: bytes) -> dict[int, int]:
+def _notes(blob: bytes | memoryview) -> dict[int, int]:
     """Collect the numeric notes whose name is Xen; strings are recorded as 0."""
     found: dict[int, int] = {}
     at = 0

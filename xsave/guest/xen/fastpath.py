@@ -1,7 +1,7 @@
 """Crossings that a small library answers without Python (xsave/guest/fastpath/fastpath.c).
 
-A crossing takes Python 10 to 30 us, most of it its own; Linux makes 120,000 while it boots, nearly
-all of four kinds. The library's functions are the emulator's hooks then. They know the domain by
+A crossing takes Python 10 to 40 us, most of it its own; Linux makes 130,000 while it boots, nearly
+all of a few kinds. The library's functions are the emulator's hooks then. They know the domain by
 a structure that is kept true here: Python sees every crossing that changes anything of it, and
 tells the library before the guest goes on (`see`).
 
@@ -19,6 +19,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from xsave.guest.xen.cpuid import XEN_VERSION
 from xsave.guest.xen.machine import Machine
 from xsave.guest.xen.time import RealClock
 from xsave.public import VcpuGuestContext, VcpuInfo
@@ -32,14 +33,15 @@ SyscallHook = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p)
 ExceptionHook = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_uint32, ctypes.c_void_p)
 LeaveHook = ctypes.CFUNCTYPE(None, ctypes.c_uint64)
 _POINTERS = (
-    "registers", "exception", "old_exception", "cpu", "tlb_flush", "clock_gettime",
+    "registers", "exception", "old_exception", "cpu",
+    "tlb_flush", "read_register", "write_register", "clock_gettime",
     "slow_syscall", "slow_exception", "leave",
     "memory", "owner", "page_type", "type_count", "references",
 )  # fmt: skip
 _WORDS = (
     "nr_frames", "domid", "unflushed",
-    "open", "in_kernel", "control_registers", "events", "nr_vcpus", "clock_offset", "khz",
-    "deadline", "kicked", "nr_crossings",
+    "open", "in_kernel", "control_registers", "events", "nr_vcpus", "version", "clock_offset",
+    "khz", "timer", "deadline", "kicked", "nr_crossings",
 )  # fmt: skip
 
 
@@ -49,10 +51,11 @@ class _Structure(ctypes.Structure):
     _fields_ = tuple((name, ctypes.c_uint64) for name in _POINTERS + _WORDS)
 
 
-_OPEN, _IN_KERNEL, _CONTROL, _EVENTS, _DEADLINE, KICKED, NR_CROSSINGS = (
+_OPEN, _IN_KERNEL, _CONTROL, _EVENTS, _TIMER, _DEADLINE, KICKED, NR_CROSSINGS = (
     getattr(_Structure, name).offset // 8
     for name in (
-        "open", "in_kernel", "control_registers", "events", "deadline", "kicked", "nr_crossings",
+        "open", "in_kernel", "control_registers", "events", "timer", "deadline", "kicked",
+        "nr_crossings",
     )
 )  # fmt: skip
 
@@ -85,7 +88,8 @@ class Fastpath:
         self._structure = _Structure()
         self.words = memoryview(self._structure).cast("B").cast("Q")
         self._kept: list[Any] = [machine, unflushed]  # what is known by its address only
-        self._seen: tuple[VcpuGuestContext, VcpuInfo] | None = None
+        self._context: VcpuGuestContext | None = None
+        self._info: VcpuInfo | None = None
         self.active = False
         for field, column in (
             ("memory", machine.mem), ("owner", machine.owner), ("page_type", machine.page_type),
@@ -93,6 +97,7 @@ class Fastpath:
         ):  # fmt: skip
             setattr(self._structure, field, column.ctypes.data)
         self._structure.nr_frames, self._structure.domid = machine.nr_frames, domid
+        self._structure.version = XEN_VERSION[0] << 16 | XEN_VERSION[1]
         self._structure.unflushed = ctypes.addressof(unflushed)
 
     def connect(
@@ -101,15 +106,15 @@ class Fastpath:
         exception: int,
         old_exception: int,
         cpu: int,
-        tlb_flush: int,
+        functions: tuple[Any, Any, Any],
         slow: tuple[Any, Any],
         fail: Callable[[BaseException], None],
     ) -> tuple[int, int, int]:
         """Return the addresses of the hooks of `syscall` and of exceptions, and of their data.
 
-        registers, exception (the error code), old_exception, cpu, tlb_flush: addresses in the
-        emulator. slow: hooks for what is Python's, a SyscallHook and an ExceptionHook. fail
-        ends the run with what was raised."""
+        registers, exception (the error code), old_exception, cpu: addresses in the emulator.
+        functions: its tlb_flush, uc_reg_read and uc_reg_write. slow: hooks for what is Python's, a
+        SyscallHook and an ExceptionHook. fail ends the run with what was raised."""
         found, s = library(), self._structure
         assert found is not None
         clock_gettime = ctypes.CDLL(None).clock_gettime
@@ -121,9 +126,10 @@ class Fastpath:
                 fail(e)
 
         hook = LeaveHook(leave)
-        self._kept += [clock_gettime, hook, *slow]
+        self._kept += [clock_gettime, hook, *slow, *functions]
         s.registers, s.exception, s.old_exception = registers, exception, old_exception
-        s.cpu, s.tlb_flush, s.clock_gettime = cpu, tlb_flush, _address(clock_gettime)
+        s.cpu, s.clock_gettime = cpu, _address(clock_gettime)
+        s.tlb_flush, s.read_register, s.write_register = map(_address, functions)
         s.slow_syscall, s.slow_exception = _address(slow[0]), _address(slow[1])
         s.leave = _address(hook)
         self.active = True
@@ -137,18 +143,25 @@ class Fastpath:
         """Before a run, when the clock goes."""
         self._structure.nr_vcpus, self._structure.khz = nr_vcpus, clock.khz
         self._structure.clock_offset = clock.offset_ns & NEVER
-        self._seen = None
+        self._context = self._info = None
 
     def see(
-        self, context: VcpuGuestContext, info: VcpuInfo, *, in_kernel: bool, deadline: int
+        self,
+        context: VcpuGuestContext,
+        info: VcpuInfo,
+        timer: ctypes.Array[Any],
+        *,
+        in_kernel: bool,
+        deadline: int,
     ) -> None:
         """Before the guest goes on: which vCPU does, and in which mode. deadline: by the monotonic
         clock, when a timer is due."""
         words = self.words
-        if self._seen != (context, info):
-            self._seen = context, info
+        if context is not self._context or info is not self._info:
+            self._context, self._info = context, info
             words[_CONTROL] = ctypes.addressof(context.ctrlreg)
             words[_EVENTS] = ctypes.addressof(info)
+            words[_TIMER] = ctypes.addressof(timer)
         words[_IN_KERNEL] = in_kernel
         words[_DEADLINE] = deadline
         words[_OPEN] = 1

@@ -141,14 +141,20 @@ class Hypervisor(GuestCpu):
     def _open_fastpath(self) -> None:
         """Before the guest goes on: let the library know what is to be known."""
         fastpath = self.fastpath
-        if not self.tables.idle:
+        if self._begins_step or not self.tables.idle:
             fastpath.close()
             return
-        domain = self.domain
-        timers = [vcpu.timer_ns for vcpu in domain.vcpus if vcpu.timer_ns is not None]
-        deadline = min(min(timers) - domain.clock.offset_ns, NEVER) if timers else NEVER
+        deadline = NEVER
+        for vcpu in self.domain.vcpus:
+            timer_ns = vcpu.timer_ns
+            if timer_ns is not None and timer_ns < deadline:
+                deadline = timer_ns
+        if deadline != NEVER:
+            deadline = min(max(deadline - self.domain.clock.offset_ns, 0), NEVER)
         vcpu = self.vcpu
-        fastpath.see(vcpu.context, vcpu.info, in_kernel=vcpu.in_kernel, deadline=max(deadline, 0))
+        fastpath.see(
+            vcpu.context, vcpu.info, vcpu.timer, in_kernel=vcpu.in_kernel, deadline=deadline
+        )
 
     # -- crossings ---
 

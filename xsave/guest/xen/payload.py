@@ -12,7 +12,6 @@ import lzma
 import struct
 import zlib
 from collections.abc import Callable
-from io import BytesIO
 from typing import Protocol
 
 import lz4.block
@@ -30,14 +29,14 @@ _ERRORS = (
 )  # fmt: skip
 
 #: Decompress at most `limit` bytes; input that ends early may give less, or raise one of _ERRORS.
-Decompress = Callable[[memoryview, int], bytes]
+Decompress = Callable[[memoryview, int], bytes | memoryview]
 
 
 class PayloadError(Exception):
     """The payload cannot be decompressed; one phrase says why."""
 
 
-def decompress(data: memoryview, limit: int) -> bytes:
+def decompress(data: memoryview, limit: int) -> bytes | memoryview:
     """Return what is compressed in `data`; at most limit + 1 bytes, which is one too many.
 
     Raises PayloadError for an unknown format and for damage. Bytes that a stream lacks are seen
@@ -90,18 +89,20 @@ def _unzstd(data: memoryview, limit: int) -> bytes:
         return reader.read(limit)
 
 
-def _unlz4(data: memoryview, limit: int) -> bytes:
+def _unlz4(data: memoryview, limit: int) -> memoryview:
     """The legacy frame: its magic, then blocks of {u32 bytes, data}, each up to 8 MiB unpacked."""
-    out = BytesIO()
+    out, end = memoryview(bytearray(limit)), 0
     at = 4
-    while at < len(data) and out.tell() < limit:
+    while at < len(data) and end < limit:
         (size,) = struct.unpack_from("<I", data, at)
         block = data[at + 4 : at + 4 + size]
         if len(block) < size:
             raise ValueError(f"block of {size} bytes, {len(block)} left")
-        out.write(lz4.block.decompress(block, uncompressed_size=_LZ4_BLOCK_BYTES))
+        piece = lz4.block.decompress(block, uncompressed_size=_LZ4_BLOCK_BYTES)[: limit - end]
+        out[end : end + len(piece)] = piece
+        end += len(piece)
         at += 4 + size
-    return out.getvalue()[:limit]
+    return out[:end]
 
 
 _FORMATS: tuple[tuple[str, bytes, Decompress | None], ...] = (

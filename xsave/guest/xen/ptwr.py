@@ -2,7 +2,8 @@
 
 Guests with VMASST_writable_pagetables (Linux) write to their read-only tables and expect Xen to
 emulate the store (ptwr_do_page_fault). The value the instruction would have stored is computed
-from the registers and goes through the same checks as mmu_update. Decoding is capstone's.
+from the registers and goes through the same checks as mmu_update. Decoding is capstone's, but for
+what is usual (stores.py).
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import contextlib
 from functools import cache
 from typing import Any
 
+from xsave.guest.xen import stores
 from xsave.guest.xen.cpuregs import RAX, RCX, RDI, RIP, RSI
 from xsave.guest.xen.guestcpu import GuestCpu
 from xsave.guest.xen.guestmem import GuestFault
@@ -35,7 +37,7 @@ _BY_NAME = {
 
 @cache
 def _decoder() -> Any:
-    import capstone  # 40 ms, and only guests that rely on this assist need it
+    import capstone  # 50 ms, and few guests need it
 
     decoder = capstone.Cs(capstone.CS_ARCH_X86, capstone.CS_MODE_64)
     decoder.detail = True
@@ -75,7 +77,7 @@ def _decode(hv: GuestCpu) -> Any:
     with contextlib.suppress(GuestFault):
         code = hv.read(rip, here)
         code += hv.read(rip + here, _MAX_INSTRUCTION - here)
-    return next(_decoder().disasm(code, rip, 1), None)
+    return stores.decode(code) or next(_decoder().disasm(code, rip, 1), None)
 
 
 class _Store:
@@ -96,7 +98,7 @@ class _Store:
 
 
 def _operand(hv: GuestCpu, instruction: Any, operand: Any) -> int:
-    if operand.type == 2:  # X86_OP_IMM
+    if operand.type == stores.IMM:
         return operand.imm & M64
     index, width = _BY_NAME[instruction.reg_name(operand.reg)]
     return hv.q[index] & ((1 << width) - 1)
@@ -134,7 +136,7 @@ def _compute(hv: GuestCpu, instruction: Any, old: int, size: int) -> _Store | No
 
 def _xchg(hv: GuestCpu, instruction: Any, old: int) -> _Store:
     first, second = instruction.operands
-    register = second if first.type == 3 else first  # X86_OP_MEM
+    register = second if first.type == stores.MEM else first
     store = _Store(hv, _operand(hv, instruction, register))
     _set_register(store, instruction.reg_name(register.reg), old)
     return store

@@ -217,9 +217,9 @@ class Cpu:
         slow = SyscallHook(on_syscall), ExceptionHook(on_exception)
         hooks: tuple[Any, Any, int] = *slow, 0
         if fastpath is not None:
-            flush = ctypes.cast(_direct.tlb_flush_x86_64, ctypes.c_void_p).value or 0
+            functions = _direct.tlb_flush_x86_64, _direct.uc_reg_read, _direct.uc_reg_write
             hooks = fastpath.connect(
-                state.address, *state.exception_addresses(), self._cpu, flush, slow, self._fail
+                state.address, *state.exception_addresses(), self._cpu, functions, slow, self._fail
             )
         self._hooks = slow  # they must live as long as the engine
         self._add_hook(UC_HOOK_INSN, hooks[0], hooks[2], x86.UC_X86_INS_SYSCALL)

@@ -15,7 +15,8 @@ from collections import deque
 from collections.abc import Callable, Sequence
 
 from xsave.errors import StorageError
-from xsave.guest.xen.blkback import BlockDevice, Job
+from xsave.guest.xen.blkback.device import BlockDevice
+from xsave.guest.xen.blkback.requests import Job
 from xsave.guest.xen.domain import Domain
 from xsave.host.disk.image import Image, check, open_image
 from xsave.host.disk.spec import DiskSpec

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Protocol
 
 from xsave.errors import StorageError
-from xsave.guest.xen.blkback import Disk
+from xsave.guest.xen.blkback.disk import Disk
 from xsave.host.disk.file import DiskFile
 from xsave.host.disk.qcow2 import MAGIC, Qcow2, read_header
 from xsave.host.disk.spec import DiskSpec

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from xsave.errors import HostCannotTake, UsageError
-from xsave.guest.xen.blkback import Vbd
+from xsave.guest.xen.blkback.disk import Vbd
 from xsave.host.disk.vdev import device_number
 
 FORMATS = ("raw", "qcow2")

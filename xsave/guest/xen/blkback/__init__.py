@@ -7,8 +7,3 @@
 xen/include/public/io/blkif.h is the protocol; whatever a guest writes into its ring or the store
 costs it an error response or its device, never more.
 """
-
-from xsave.guest.xen.blkback.device import BlockDevice, Vbd
-from xsave.guest.xen.blkback.requests import Disk, Job
-
-__all__ = ["BlockDevice", "Disk", "Job", "Vbd"]

@@ -15,7 +15,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from xsave.errors import GuestStateError
-from xsave.guest.xen.blkback.requests import SECTOR_BYTES, Disk, Job, Mapper, Refused
+from xsave.guest.xen.blkback.disk import Disk, Vbd
+from xsave.guest.xen.blkback.requests import SECTOR_BYTES, Job, Mapper, Refused
 from xsave.guest.xen.blkback.ring import BackRing, Request
 from xsave.guest.xen.domain import Domain
 from xsave.guest.xen.events import Port
@@ -24,25 +25,8 @@ from xsave.guest.xen.grants import Grant
 (
     _UNKNOWN, _INITIALISING, _INIT_WAIT, _INITIALISED, _CONNECTED, _CLOSING, _CLOSED,
 ) = range(7)  # fmt: skip
-_CDROM, _REMOVABLE, _READONLY = 1, 2, 4
 _PROTOCOL = b"x86_64-abi"
 _M32 = 0xFFFFFFFF
-
-
-@dataclass(frozen=True)
-class Vbd:
-    """What the store says of a device. devid: its number (51712 is xvda); params: FORMAT:PATH."""
-
-    devid: int
-    name: str
-    params: str
-    readonly: bool
-    cdrom: bool
-
-    @property
-    def info(self) -> int:
-        cdrom = _CDROM | _REMOVABLE if self.cdrom else 0
-        return cdrom | (_READONLY if self.readonly else 0)
 
 
 @dataclass(slots=True)

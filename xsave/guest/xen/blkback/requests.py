@@ -1,4 +1,4 @@
-"""From a request to a job: checked, its grants mapped; and what a disk must be able to do.
+"""From a request to a job: checked, its grants mapped.
 
 A frontend that says it is persistent uses the same few frames again and again and copies from
 and to them itself: those stay mapped. For any other, the bytes go straight where it wants them,
@@ -8,8 +8,8 @@ perhaps over code that the emulator has translated: `Mapper.dirtied` tells.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Protocol
 
+from xsave.guest.xen.blkback.disk import Disk
 from xsave.guest.xen.blkback.ring import MAX_SEGMENTS, NR_SLOTS, Request
 from xsave.guest.xen.grants import Grant, GrantTable
 
@@ -20,18 +20,6 @@ _NOT_OFFERED = {OP_BARRIER, OP_DISCARD, OP_INDIRECT}
 _SECTORS_PER_PAGE = 8
 #: As many frames as can be in use at once, three times over.
 _MAX_PERSISTENT = 3 * NR_SLOTS * MAX_SEGMENTS
-
-
-class Disk(Protocol):
-    """What is behind the device. Methods raise OSError; each moves all of the bytes or fails."""
-
-    readonly: bool
-
-    @property
-    def nr_sectors(self) -> int: ...
-    def read(self, offset: int, buffers: list[memoryview]) -> None: ...
-    def write(self, offset: int, buffers: list[memoryview]) -> None: ...
-    def flush(self) -> None: ...
 
 
 @dataclass(slots=True)
