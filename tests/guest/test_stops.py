@@ -162,6 +162,28 @@ def test_no_loop_goes_on_for_ever(guest, kind):
             assert start <= rip < start + len(code) or rip == guest.va(2)
 
 
+@pytest.mark.parametrize("entry", [0, "another page's"])
+def test_a_loop_whose_mapping_has_changed(guest, entry):
+    """A guest that executes what its page tables do not lead to any more is interrupted, too."""
+    table, code = guest.machine.mem[guest.l1], bytes.fromhex("ebfe")
+    guest.start(code)
+    before, after = table[0], table[OTHER_CODE] if entry else 0
+    interrupt = guest.hv.interrupt
+
+    def interrupt_when_changed():
+        table[0] = after
+        interrupt()
+
+    guest.hv.interrupt = interrupt_when_changed
+    with Interrupter(guest) as interrupter:
+        for _ in range(4):
+            begun = time.monotonic()
+            interrupter.run()
+            table[0] = before
+            assert time.monotonic() - begun < PATIENCE_S
+            assert guest.hv.q[cpuregs.RIP] == guest.va(0)
+
+
 def test_an_interrupt_may_come_before_the_first_run(guest):
     """Who interrupts need not know whether the guest has begun to run."""
     guest.hv.interrupt()

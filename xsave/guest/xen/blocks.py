@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import ctypes
 import struct
+from collections.abc import Iterator
 
 from xsave.guest.xen.cpuregs import UnsupportedEmulator, engine_bytes
 
@@ -104,6 +105,19 @@ class Blocks:
                     displacement.value = reset - (target + 4)
             pointer = block.page_next[pointer & 1]
 
+    def pages(self) -> Iterator[int]:
+        """All pages that have blocks, from any thread."""
+        tables = [(0, _word(self._map))]
+        for _ in _SHIFTS:
+            tables = [
+                (index << _LEVEL_BITS | slot, below)
+                for index, table in tables
+                for slot, below in _entries(table, 1)
+            ]
+        for index, table in tables:
+            for slot, _ in _entries(table, _PAGE_DESC_BYTES // 8):
+                yield (index << _LEVEL_BITS | slot) << _PAGE_SHIFT
+
     def _first(self, index: int) -> int:
         """Return the first block's tagged pointer of the page with this number, 0 if none."""
         table = _word(self._map)
@@ -112,6 +126,13 @@ class Blocks:
             if not table:
                 return 0
         return _word(table + (index & (1 << _LEVEL_BITS) - 1) * _PAGE_DESC_BYTES)
+
+
+def _entries(table: int, nr_words: int) -> list[tuple[int, int]]:
+    """Return (index, first word) of a table's entries of so many words that are not zero."""
+    nr = 1 << _LEVEL_BITS
+    words = (ctypes.c_uint64 * (nr * nr_words)).from_address(table)[::nr_words]
+    return [(index, word) for index, word in enumerate(words) if word]
 
 
 def _word(address: int) -> int:

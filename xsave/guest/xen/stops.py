@@ -22,7 +22,9 @@ what does not cross, another thread interrupts:
    translated then is linked again.
 
 The page is the one rip is in, which every look-up and every exit stores, or the one behind it,
-where a block that crosses into that may have led: no block of two pages is ever linked to.
+where a block that crosses into that may have led: no block of two pages is ever linked to. A guest
+that has changed the mapping of the code that it executes, and did not flush, is in neither: where
+that did not help, the links of all blocks are cut.
 """
 
 from __future__ import annotations
@@ -41,9 +43,11 @@ from xsave.guest.xen.cpuregs import UnsupportedEmulator, engine_bytes
 
 #: CPU time in which whatever is not such a loop comes to a look-up.
 _PATIENCE_NS = 500_000
+#: CPU time in which a loop in rip's page has ended.
+_LONG_PATIENCE_NS = 20_000_000
 #: Where the CPU object has its `cluster_index`, and what is there: UNASSIGNED_CLUSTER_INDEX.
 _CLUSTER_INDEX = 0x8A50 - 0x8BC
-_NO_CLUSTER, _NOWHERE = 0xFFFFFFFF, 0x55
+_NO_CLUSTER, _NR_NOWHERE = 0xFFFFFFFF, 0xFE
 _HELPER = "helper_check_exit_request_x86_64"
 _HELPER_NAME = b"check_exit_request"
 _FLAGS_AT = 16  # in struct TCGHelperInfo: func, name, flags, sizemask
@@ -71,6 +75,7 @@ class Stops:
         self._cluster = ctypes.c_uint32.from_address(cpu + _CLUSTER_INDEX)
         if self._cluster.value != _NO_CLUSTER:
             raise UnsupportedEmulator("the CPU object of this unicorn has another layout")
+        self._nowhere = 0
         self._asked_ns: int | None = None
         self._cut: set[int] = set()
         self._thread = -1
@@ -105,11 +110,16 @@ class Stops:
         if self._clock is None:  # the first run has not begun yet
             return
         self._stop(self._engine)
-        self._cluster.value = _NOWHERE
+        # Never the same twice in a row: what the main loop, behind its look for a stop, had just
+        # begun to translate when this changed belongs to the one before, and finds itself there.
+        self._nowhere = self._nowhere % _NR_NOWHERE + 1
+        self._cluster.value = self._nowhere
         spent_ns = time.clock_gettime_ns(self._clock)
         if self._asked_ns is None:
             self._asked_ns = spent_ns
         elif spent_ns - self._asked_ns > _PATIENCE_NS:
+            if spent_ns - self._asked_ns > _LONG_PATIENCE_NS:
+                pages = self._blocks.pages()
             for page in pages:
                 self._cut.add(page)
                 self._blocks.cut(page)
