@@ -12,7 +12,7 @@ import sys
 from tests.flows.faulty import fill_disks
 from xsave import cli
 from xsave.guest.xen.domain import Domain
-from xsave.host import prestart, process
+from xsave.host import loop, prestart, process
 
 STILL = "still"
 PROCESS_MODULE = "tests.flows.standstill"
@@ -20,19 +20,19 @@ PROCESS_MODULE = "tests.flows.standstill"
 
 def stand_still():
     """Change this process."""
-    runnable, start = process.DomainProcess._runnable, Domain.start
+    runnable, start = loop.DomainProcess._runnable, Domain.start
 
     def still(machine):
         return (machine.directory / STILL).exists()
 
-    def not_now(loop):
-        return runnable(loop) and not still(loop.running.machine)
+    def not_now(one):
+        return runnable(one) and not still(one.running.machine)
 
     def start_later(domain):
         if not still(domain.machine):  # power_on() does it then
             start(domain)
 
-    process.DomainProcess._runnable = not_now
+    loop.DomainProcess._runnable = not_now
     Domain.start = start_later
 
 
