@@ -18,6 +18,7 @@ LEAVES = {
     "xsave.public",
     "xsave.vectors",
     "xsave.behind",
+    "xsave.filelock",
 }
 #: What the flows are made of.
 FLOW = {"xsave.image", "xsave.canonical", "xsave.guest.xen.domctl"}

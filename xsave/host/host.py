@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from xsave.errors import (
     StorageError,
     UsageError,
 )
+from xsave.filelock import exclusive
 from xsave.frames import PAGE_SIZE
 from xsave.guest.xen import machine as xen_machine
 from xsave.guest.xen.domctl import DomainInfo, Domctl
@@ -138,15 +139,9 @@ class Host:
 
     # -- the registry of domains ---
 
-    @contextlib.contextmanager
-    def registry_lock(self) -> Iterator[None]:
+    def registry_lock(self) -> AbstractContextManager[None]:
         """Domids and names are given out under this lock."""
-        fd = os.open(self.directory / "registry", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX)
-            yield
-        finally:
-            os.close(fd)
+        return exclusive(self.directory / "registry")
 
     def records(self) -> list[DomainRecord]:
         """Return the registered domains, by domid; dead ones included until reaped."""

@@ -8,7 +8,6 @@ is dead is asked of the kernel, not of a pid.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import re
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from xsave.errors import ConnectionLost, UsageError
+from xsave.filelock import is_locked
 
 NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]{0,62}\Z")
 
@@ -43,17 +43,7 @@ class DomainRecord:
 
 def alive(directory: Path) -> bool:
     """True while some process holds the domain's `alive` lock."""
-    try:
-        fd = os.open(directory / "alive", os.O_RDWR | os.O_CLOEXEC)
-    except OSError:
-        return False
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return True
-    finally:
-        os.close(fd)
-    return False
+    return is_locked(directory / "alive")
 
 
 def ending(directory: Path) -> bool:

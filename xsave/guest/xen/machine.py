@@ -17,17 +17,16 @@ zeros, and a frame nobody touched is known without reading it (`resident`).
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import mmap
 import os
-from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 
 from xsave.errors import OutOfFrames, StorageError
+from xsave.filelock import exclusive
 from xsave.frames import (
     INVALID_M2P_ENTRY,
     PAGE_SHIFT,
@@ -150,15 +149,9 @@ class Machine:
     type_count: np.ndarray
     refs: np.ndarray
 
-    @contextlib.contextmanager
-    def lock(self) -> Iterator[None]:
-        """Hold the host's allocator lock (across processes; released by the kernel on death)."""
-        fd = os.open(self.directory / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX)
-            yield
-        finally:
-            os.close(fd)
+    def lock(self) -> AbstractContextManager[None]:
+        """Hold the host's allocator lock."""
+        return exclusive(self.directory / "lock")
 
     def free_frames(self) -> int:
         return int(np.count_nonzero(self.owner == DOMID_FREE))

@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from xsave.errors import GuestStateError, NameTaken, NotFound, StorageError, UsageError
+from xsave.filelock import exclusive, is_locked
 from xsave.host.handover.table import FIRST, SETTLED, STEPS, State, Step
 
 _SLOT_BYTES = 4096
@@ -130,17 +131,7 @@ class Journal:
 
     def at_work(self) -> bool:
         """True while the command that began it lives."""
-        try:
-            fd = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
-        except OSError:
-            return False
-        try:
-            fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except OSError:
-            return True
-        finally:
-            os.close(fd)
-        return False
+        return is_locked(self.path)
 
 
 class Journals:
@@ -235,15 +226,12 @@ class OwnJournal(Journal):
 @contextlib.contextmanager
 def _lock(directory: Path) -> Iterator[None]:
     """One change at a time on a host, by whichever process."""
-    try:
-        fd = os.open(directory / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    except OSError as e:
-        raise StorageError(f"{directory}: {e.strerror}") from e
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX)
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(exclusive(directory / ".lock"))
+        except OSError as e:
+            raise StorageError(f"{directory}: {e.strerror}") from e
         yield
-    finally:
-        os.close(fd)
 
 
 def _write_slot(fd: int, number: int, entry: Entry) -> None:
