@@ -184,6 +184,36 @@ def test_a_loop_whose_mapping_has_changed(guest, entry):
             assert guest.hv.q[cpuregs.RIP] == guest.va(0)
 
 
+def test_a_block_translated_while_a_stop_began(guest):
+    """The main loop has looked for a stop, one begins, and only then is a block looked up and
+    translated: that one carries what the stop has set, and leads to itself by a look-up. The next
+    interrupt ends it."""
+    engine_stops = guest.hv.cpu._stops
+    begin, interrupt = engine_stops.begin, guest.hv.interrupt
+    first = []
+
+    def begin_too_late(*, looking):
+        begin(looking=looking)
+        if first:
+            engine_stops._cluster.value = first[0]
+            engine_stops._nowhere = first[0] - 1  # as if that interrupt came but now
+
+    def interrupt_and_see():
+        interrupt()
+        first[:] = first or [engine_stops._cluster.value]
+        if time.monotonic() - begun > PATIENCE_S:
+            engine_stops._cluster.value = 0xAB  # what ends it in any case
+
+    guest.start(bytes.fromhex("48ffc1 ffe2"), rdx=guest.va(0), rcx=0)
+    guest.hv.interrupt = interrupt_and_see
+    with Interrupter(guest) as interrupter:
+        for _ in range(4):
+            begun = time.monotonic()
+            interrupter.run()
+            assert time.monotonic() - begun < PATIENCE_S
+            engine_stops.begin = begin_too_late
+
+
 def test_an_interrupt_may_come_before_the_first_run(guest):
     """Who interrupts need not know whether the guest has begun to run."""
     guest.hv.interrupt()
