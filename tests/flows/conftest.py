@@ -1,4 +1,4 @@
-"""Images that several flow tests start from, made once per session."""
+"""Hosts and images that several flow tests start from."""
 
 from __future__ import annotations
 
@@ -30,6 +30,12 @@ def builtin_image(tmp_path_factory):
 def host(xsave_home):
     """A host of 64 MiB."""
     return add_host("a", 64 * flow.MIB, seed=9)
+
+
+@pytest.fixture
+def target(xsave_home):
+    """Another one, where guests go to."""
+    return add_host("b", 64 * flow.MIB, seed=4)
 
 
 @pytest.fixture(scope="module")

@@ -12,24 +12,14 @@ import numpy as np
 import pytest
 
 from tests.flows.flow import MIB, console, create, nothing_is_left, runs_on, state, wait_for
-from tests.flows.live import ROUNDS, Oracle, migrate_live
+from tests.flows.live import ROUNDS, Oracle, migrate_live, moved, start
 from xsave import precopy
 from xsave.errors import GuestStateError, MigrationCancelled
 from xsave.guest.xen import logdirty
 from xsave.guest.xen.logdirty import COMPARE, KINDS, USERFAULTFD
-from xsave.host.host import add_host
 from xsave.live import LiveWriter
 from xsave.precopy import CANCEL, Limits
 from xsave.progress import Decided, Round, Stage
-
-#: Writes all of its 4 MiB ten times a second, makes and destroys page tables without rest.
-HEAVY = "touch=1M write=4M rate=40M rest=2"
-
-
-@pytest.fixture
-def target(xsave_home):
-    """Where to."""
-    return add_host("b", 64 * MIB, seed=4)
 
 
 @pytest.fixture(params=KINDS)
@@ -38,20 +28,6 @@ def kind(request, host):
     if request.param == USERFAULTFD and host.info()["dirty_log"] != USERFAULTFD:
         pytest.skip("this kernel cannot log writes by write protection")
     return request.param
-
-
-def start(host, cmdline=HEAVY, **options):
-    """Create a guest and wait until it is at work."""
-    create(host, **{"memory_bytes": 16 * MIB, "cmdline": cmdline, **options})
-    wait_for(lambda: "TICK 1" in console(host))
-
-
-def moved(host, target):
-    """Assert that the guest is here no more, and runs on there with its checks clean."""
-    assert state(host) is None
-    nothing_is_left(host)
-    runs_on(target)
-    assert "CHECK FAILED" not in console(target)
 
 
 def test_the_target_has_the_source_as_it_was(host, target, kind, monkeypatch):

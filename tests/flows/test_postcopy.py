@@ -33,7 +33,7 @@ from tests.flows.flow import (
     wait_for,
     wait_for_tick,
 )
-from tests.flows.live import migrate_live
+from tests.flows.live import HEAVY, migrate_live, moved, start
 from tests.flows.moving import migrate, one_runs, recover_all
 from xsave.commands.migration import RISK
 from xsave.compare import compare
@@ -51,29 +51,6 @@ from xsave.image.postcopy import PostcopyPfns
 from xsave.image.stream import StreamDecoder
 from xsave.precopy import POSTCOPY, Limits
 from xsave.progress import Decided, Round
-
-#: Writes all of its 4 MiB ten times a second, makes and destroys page tables without rest.
-HEAVY = "touch=1M write=4M rate=40M rest=2"
-
-
-@pytest.fixture
-def target(xsave_home):
-    """Where to."""
-    return add_host("b", 64 * MIB, seed=4)
-
-
-def start(host, cmdline=HEAVY, **options):
-    """Create a guest and wait until it is at work."""
-    create(host, **{"memory_bytes": 16 * MIB, "cmdline": cmdline, **options})
-    wait_for(lambda: "TICK 1" in console(host))
-
-
-def moved(host, target):
-    """Assert that the guest is here no more, and runs on there with its checks clean."""
-    assert state(host) is None
-    nothing_is_left(host)
-    runs_on(target)
-    assert "CHECK FAILED" not in console(target)
 
 
 class Sent:
