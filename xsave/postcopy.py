@@ -14,6 +14,7 @@ from collections.abc import Callable
 import numpy as np
 
 from xsave.errors import XsaveError
+from xsave.frames import PAGE_SHIFT
 from xsave.guest.xen.domctl import Domctl
 from xsave.image import postwire
 from xsave.image.buffers import Write
@@ -47,7 +48,7 @@ class LeftOut:
         self._began = False
         batch = postwire.MAX_PAGES
         if bandwidth is not None:
-            batch = min(max(int(bandwidth * _BATCH_S) >> 12, 1), batch)
+            batch = min(max(int(bandwidth * _BATCH_S) >> PAGE_SHIFT, 1), batch)
         self._batch = batch
         self.nr_pages = pfns.size
         self.nr_sent = self.nr_faults = 0
@@ -98,5 +99,5 @@ class LeftOut:
         self._flush()
         self._unsent[rows] = False
         self.nr_sent += rows.size
-        sent_bytes = self.nr_sent * 4096
-        self._report(Pages("migrate", self.nr_sent, self.nr_pages, sent_bytes))
+        nr_bytes = self.nr_sent << PAGE_SHIFT
+        self._report(Pages("migrate", self.nr_sent, self.nr_pages, nr_bytes))

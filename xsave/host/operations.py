@@ -2,9 +2,8 @@
 
 Requests that build a domain or read its state are in building.py, those that suspend, resume and
 end it in handover/requests.py (the lease on a suspended guest is in suspension.py), the log of
-dirty frames in dirtying.py; here are the dispatch and a domain's
-life. A connection that builds the domain holds a lease too: closed before `commit`, the half-built
-domain is removed.
+dirty frames in dirtying.py; here are the dispatch and a domain's life. A connection that builds the
+domain holds a lease too: closed before `commit`, the half-built domain is removed.
 """
 
 from __future__ import annotations
