@@ -211,12 +211,12 @@ def sentence(name: str, target: str, result: MigrateResult) -> str:
     said = f"{name}: now on {target}, downtime {result.downtime_ns / 1e6:.0f} ms"
     if not result.nr_rounds:
         return said
+    said += f" ({result.guest_downtime_ns / 1e6:.0f} ms for the guest)"
     if result.postcopy_pages:
         said += f", {result.postcopy_pages} pages behind it ({result.postcopy_faults} asked for)"
     sent, memory = result.bytes_sent, result.memory_bytes
     return (
-        f"{said} ({result.guest_downtime_ns / 1e6:.0f} ms for the guest), "
-        f"{result.total_ns / 1e9:.2f} s in all, {result.nr_rounds} rounds, "
+        f"{said}, {result.total_ns / 1e9:.2f} s in all, {result.nr_rounds} rounds, "
         f"{console.human_bytes(sent)} sent ({sent / memory:.2f} of its memory)"
     )
 
