@@ -110,6 +110,9 @@ def replay(sequence):
             if not localiser.work_ahead():
                 break
     localiser.run()
+    for pfn, (kind, _) in last.items():  # whose turn now comes: what is pinned cannot be again
+        if kind == PageType.L1TAB_PINNED:
+            assert int(memory.p2m[pfn]) not in door.pinned
     wait = localiser.ask_unpin()
     wait()
     assert not door.pinned

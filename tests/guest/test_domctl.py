@@ -1,4 +1,4 @@
-"""domctl: a begin that is not waited for is not forgotten either."""
+"""domctl: what is not waited for, a begin or what is asked ahead, is not forgotten either."""
 
 from __future__ import annotations
 
@@ -63,3 +63,23 @@ def test_abandon_asks_for_the_end_all_the_same(ends):
     domctl.abandon()
     asked = [receive_message(theirs)[0]["op"] for _ in range(2)]
     assert asked == ["begin", "abandon"]
+
+
+def test_answers_are_those_of_the_requests_in_their_order(ends):
+    """Whoever is waited for first, and though one is never waited for (a Ctrl-C); what happens in
+    between is heard by who waits."""
+    domctl, theirs = ends
+    mfns, heard = np.arange(2, dtype=np.uint64), []
+    domctl.ask_unpin(mfns)
+    second, third = domctl.ask_unpin(mfns), domctl.ask_vcpus()
+    assert [receive_message(theirs)[0]["op"] for _ in range(3)] == ["unpin", "unpin", "getvcpus"]
+    send_message(theirs, {})
+    send_message(theirs, error_message(HostCannotTake("no pinned table")))
+    send_message(theirs, {"ids": []})
+    assert third() == []
+    with pytest.raises(HostCannotTake, match="no pinned table"):
+        second()
+    send_message(theirs, {"event": "frozen"})
+    send_message(theirs, {"suspended_ns": 5})
+    domctl.suspend(heard.append)
+    assert (heard, domctl.suspended_ns) == (["frozen"], 5)
