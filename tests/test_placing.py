@@ -186,3 +186,14 @@ def test_a_write_that_fails_is_raised():
     memory.place(batch([(1, 1)]), None, 0)
     with pytest.raises(StorageError):
         memory.complete()
+
+
+def test_what_was_written_early_counts_as_written():
+    """A page of zeros over it is zeros: a fresh frame would not have been touched."""
+    domctl = StandIn()
+    memory = Memory(domctl, P2M_SIZE)
+    memory.place(batch([(3, 0)]), None, 0)
+    memory.write_early(np.array([3]), np.full((1, PAGE_SIZE), 9, np.uint8), np.array([0]))
+    memory.place(batch([(3, 0)]), None, 0)
+    memory.complete()
+    assert not domctl.machine.pages[int(memory.p2m[3])].any()
