@@ -20,7 +20,7 @@ from tests.distro.over_and_over import KERNELS, PATIENCE_S, boot, busybox, wait_
 from tests.flows.flow import MIB, nothing_is_left, state, wait_for
 from xsave.host.host import add_host
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(0)]
 
 BOOTS = int(os.environ.get("XSAVE_BOOTS", "0"))
 LOADS = ["idle", "busy"] if BOOTS else ["busy"]

@@ -36,7 +36,7 @@ from xsave.host.host import add_host
 from xsave.image.buffers import nbytes
 from xsave.save import save as save_flow
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(0)]
 
 CYCLES = int(os.environ.get("XSAVE_CYCLES", "0"))
 VCPUS = [1, 2] if CYCLES else [2]

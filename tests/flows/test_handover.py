@@ -300,6 +300,7 @@ def faults(rng):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(0)  # as long as XSAVE_MIGRATIONS says
 def test_migrations_in_a_row(xsave, hosts):
     """Back and forth under load with random faults: always exactly one running copy."""
     rng = random.Random(MIGRATIONS)
