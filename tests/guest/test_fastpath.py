@@ -679,7 +679,7 @@ def test_a_timer_that_the_library_sets_comes(twins):
     code = (
         b"\x4d\x01\x2c\x24"  # again: add [r12], r13
         b"\xb8\x18\x00\x00\x00\xbf\x08\x00\x00\x00\x31\xf6\x4c\x89\xe2\x0f\x05"
-        b"\xbb\x20\x4e\x00\x00"  # mov ebx, 20000
+        b"\xbb\x40\x0d\x03\x00"  # mov ebx, 200000: longer than the step on any machine
         b"\xb8\x18\x00\x00\x00\xbf\x03\x00\x00\x00\xbe\x07\x00\x00\x00\x0f\x05"  # is up?
         b"\xff\xcb\x75\xeb"  # dec ebx; jnz: ask again
         b"\xeb\xcf"  # jmp again
