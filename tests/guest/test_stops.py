@@ -15,6 +15,7 @@ from xsave.guest.xen.cpuregs import R12, RSP, UnsupportedEmulator
 
 DATA, OTHER_CODE = 4, 5
 SLICES = 60
+HYPERCALL = 55
 #: An interrupted run ends within milliseconds; machines can be busy.
 PATIENCE_S = 5
 #: Each changes memory by what it finds there: done twice, it shows. rdi points at the counters.
@@ -212,6 +213,29 @@ def test_a_block_translated_while_a_stop_began(guest):
             interrupter.run()
             assert time.monotonic() - begun < PATIENCE_S
             engine_stops.begin = begin_too_late
+
+
+def test_a_long_hypercall_costs_no_code(guest, monkeypatch):
+    """While the hypervisor does something for the guest there is no loop to be ended, and no need
+    to translate all the guest's code again."""
+    looked_at = []
+    pages = Blocks.pages
+    monkeypatch.setattr(Blocks, "pages", lambda blocks: looked_at.append(1) or pages(blocks))
+
+    def busy(*_arguments):
+        end_ns = time.thread_time_ns() + 4 * stops._LONG_PATIENCE_NS
+        while time.thread_time_ns() < end_ns:
+            pass
+        return 0
+
+    guest.hv.table[HYPERCALL] = busy
+    # again: mov eax, HYPERCALL; syscall; mov ecx, 1000; dec ecx; jnz; jmp again
+    code = b"\xb8" + struct.pack("<I", HYPERCALL) + bytes.fromhex("0f05 b9e8030000 ffc9 75fc ebee")
+    guest.start(code)
+    with Interrupter(guest) as interrupter:
+        for _ in range(5):
+            interrupter.run()
+    assert not looked_at
 
 
 def test_an_interrupt_may_come_before_the_first_run(guest):

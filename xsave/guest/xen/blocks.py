@@ -60,7 +60,7 @@ class Blocks:
     def __init__(self, library: ctypes.PyDLL, engine: int, cpu: int) -> None:
         """cpu: where the engine's CPU object lies. Raises UnsupportedEmulator."""
         self._engine = engine
-        self._jump_cache = cpu + _JUMP_CACHE
+        self.cache = cpu + _JUMP_CACHE
         self._forget = library.tb_invalidate_phys_range_x86_64
         self._forget.argtypes = ctypes.c_void_p, ctypes.c_uint64, ctypes.c_uint64
         self._forget.restype = None
@@ -82,7 +82,7 @@ class Blocks:
         beginning. Only in the thread that will run it."""
         mixed = address ^ address >> 6
         index = mixed >> 6 & _JUMP_CACHE_HIGH | mixed & _JUMP_CACHE_LOW
-        pointer = _word(self._jump_cache + 8 * index)
+        pointer = _word(self.cache + 8 * index)
         block = _TranslationBlock.from_address(pointer) if pointer else None
         if block is None or block.pc != address:
             raise UnsupportedEmulator("the emulator's new block is not where it tells of it")

@@ -33,10 +33,13 @@ import ctypes
 import mmap
 import os
 import struct
+import sys
 import threading
 import time
 from collections.abc import Iterable
 from functools import cache
+
+from unicorn import Uc
 
 from xsave.guest.xen.blocks import Blocks
 from xsave.guest.xen.cpuregs import UnsupportedEmulator, engine_bytes
@@ -45,6 +48,8 @@ from xsave.guest.xen.cpuregs import UnsupportedEmulator, engine_bytes
 _PATIENCE_NS = 500_000
 #: CPU time in which a loop in rip's page has ended.
 _LONG_PATIENCE_NS = 20_000_000
+#: So many times it must have been seen to execute code then: at the end of a hook it is once.
+_NR_LOOPING = 5
 #: Where the CPU object has its `cluster_index`, and what is there: UNASSIGNED_CLUSTER_INDEX.
 _CLUSTER_INDEX = 0x8A50 - 0x8BC
 _NO_CLUSTER, _NR_NOWHERE = 0xFFFFFFFF, 0xFE
@@ -58,6 +63,8 @@ _PURE = 7
 # struct uc_context in front of the registers; then cpu_context_size, 4 bytes of padding, next_pc.
 _CONTEXT_HEADER_BYTES = 40
 _STOP_FLAGS_AFTER = 16
+#: Where the thread is while the emulator runs.
+_RUN = Uc.emu_start.__code__
 _STOP_FLAGS = (b"\0\0\0\x01", b"\0\x01\0\x01")
 
 
@@ -68,6 +75,7 @@ class Stops:
         self._engine = engine
         self._helper = _helper_flags(library._name)
         self._blocks = Blocks(library, engine, cpu)
+        self.block_cache = self._blocks.cache
         self._stop = library.uc_emu_stop
         self._stop.argtypes, self._stop.restype = [ctypes.c_void_p], None
         flag = locate_stop_flag(engine, context_bytes)
@@ -77,6 +85,7 @@ class Stops:
             raise UnsupportedEmulator("the CPU object of this unicorn has another layout")
         self._nowhere = 0
         self._asked_ns: int | None = None
+        self._nr_looping = 0
         self._cut: set[int] = set()
         self._thread = -1
         self._clock: int | None = None  # of the thread that ran last
@@ -86,7 +95,7 @@ class Stops:
         stop at every instruction, or never. (What was translated before stays as it is.)"""
         self._no_exit_request.value = 0 if looking else 1
         self._helper.set(0 if looking else _PURE)
-        self._cluster.value, self._asked_ns = _NO_CLUSTER, None
+        self._cluster.value, self._asked_ns, self._nr_looping = _NO_CLUSTER, None, 0
         if (thread := threading.get_ident()) != self._thread:
             self._thread, self._clock = thread, time.pthread_getcpuclockid(thread)
         while self._cut:
@@ -118,11 +127,19 @@ class Stops:
         if self._asked_ns is None:
             self._asked_ns = spent_ns
         elif spent_ns - self._asked_ns > _PATIENCE_NS:
-            if spent_ns - self._asked_ns > _LONG_PATIENCE_NS:
+            # All code is dear to translate again: not for time that a hook takes (some import).
+            self._nr_looping += not self._is_in_hook()
+            long = spent_ns - self._asked_ns > _LONG_PATIENCE_NS
+            if long and self._nr_looping >= _NR_LOOPING:
                 pages = self._blocks.pages()
             for page in pages:
                 self._cut.add(page)
                 self._blocks.cut(page)
+
+    def _is_in_hook(self) -> bool:
+        """True if the guest stands still, while Python does something for it."""
+        frame = sys._current_frames().get(self._thread)
+        return frame is not None and frame.f_code is not _RUN
 
 
 class _HelperFlags:
