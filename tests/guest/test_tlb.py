@@ -87,4 +87,4 @@ def test_another_layout_is_noticed(guest):
     sweep(guest, NR)
     for address in (state, state + 16, cpu + 4096):
         with pytest.raises(UnsupportedEmulator):
-            Tlb(address)
+            Tlb(address, fixed=True)

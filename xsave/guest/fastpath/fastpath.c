@@ -20,6 +20,7 @@
 #define PRESENT 0x001ULL
 #define RW 0x002ULL
 #define USER 0x004ULL
+#define ACCESSED_DIRTY 0x060ULL
 #define PSE 0x080ULL
 #define L1_DISALLOWED (0x008ULL | 0x010ULL | PSE) /* PWT, PCD */
 #define UPPER_DISALLOWED (L1_DISALLOWED | 0x100ULL) /* GLOBAL */
@@ -87,6 +88,37 @@ struct bounce_frame {
 	uint64_t rcx, r11, rip, cs, rflags, rsp, ss;
 };
 
+/* The emulator's TLB, CPUTLB: an entry is all ones where there is none. */
+struct tlb_entry {
+	uint64_t read, write, code, physical, addend, unused[3];
+};
+
+#define TLB_VICTIMS 8
+
+struct tlb_mode {
+	uint64_t large_address, large_mask, window_begin, window_max, used, next_victim;
+	struct tlb_entry victims[TLB_VICTIMS];
+	uint64_t victims_iotlb[TLB_VICTIMS][2], iotlb;
+};
+
+struct tlb {
+	uint64_t counters[4]; /* the first: a bit for each mode that has entries */
+	struct tlb_mode modes[3];
+	uint64_t padding;
+	struct {
+		uint64_t mask; /* (entries - 1) * 64 */
+		struct tlb_entry *entries;
+	} tables[3];
+};
+
+#define LARGE_TLB 1024
+#define MODE_USER 1 /* a PV guest's kernel is there too */
+#define NR_BLOCK_CACHE 4096
+#define MOST_STALE 16
+
+/* *unflushed: what has changed is Python's, or in `stale` */
+enum { ALL_FLUSHED, UNFLUSHED, UNFLUSHED_STALE };
+
 struct fastpath {
 	/* the emulator */
 	uint64_t *registers;
@@ -94,6 +126,8 @@ struct fastpath {
 	uint32_t *old_exception;
 	void *cpu;
 	void (*tlb_flush)(void *cpu);
+	struct tlb *tlb;
+	uint64_t *block_cache; /* of virtual addresses: tb_jmp_cache */
 	int (*read_register)(void *engine, int which, void *value);
 	int (*write_register)(void *engine, int which, const void *value);
 	int (*clock_gettime)(int clock, struct timespec64 *now);
@@ -125,6 +159,9 @@ struct fastpath {
 	/* both sides */
 	volatile uint64_t kicked;
 	uint64_t nr_crossings;
+	/* this side's: physical pages that an entry showed which has changed since the last flush */
+	uint64_t nr_stale;
+	uint64_t stale[MOST_STALE];
 };
 
 static uint64_t monotonic(struct fastpath *f)
@@ -173,6 +210,19 @@ static void *guest_page(struct fastpath *f, uint64_t address, uint64_t nr, uint6
 static void *guest_bytes(struct fastpath *f, uint64_t address, uint64_t nr)
 {
 	return guest_page(f, address, nr, PRESENT | USER);
+}
+
+/* A present entry of this frame has changed. */
+static void note_stale(struct fastpath *f, uint64_t frame)
+{
+	if (*f->unflushed == ALL_FLUSHED)
+		f->nr_stale = 0;
+	if (*f->unflushed == UNFLUSHED || f->nr_stale == MOST_STALE) {
+		*f->unflushed = UNFLUSHED;
+		return;
+	}
+	*f->unflushed = UNFLUSHED_STALE;
+	f->stale[f->nr_stale++] = frame << PAGE_SHIFT;
 }
 
 /* The same of an L2 or L3 table that had none: another is none either, or names a table in use. */
@@ -232,7 +282,7 @@ static int update_entry(struct fastpath *f, uint64_t pointer, uint64_t new)
 		f->references[was]--;
 		if (old & RW && --f->type_count[was] == 0)
 			f->page_type[was] = PGT_NONE;
-		*f->unflushed = 1;
+		note_stale(f, was);
 	}
 	return 1;
 }
@@ -259,6 +309,81 @@ static int mmu_update(struct fastpath *f)
 static int in_use(struct fastpath *f, uint64_t mfn, uint32_t count)
 {
 	return owned(f, mfn) && f->page_type[mfn] == PGT_L4 && f->type_count[mfn] >= count;
+}
+
+/* Is the upper half of the address space the same with either L4 table? */
+static int same_upper_half(struct fastpath *f, uint64_t one, uint64_t other)
+{
+	uint64_t *a = f->memory + (one << 9), *b = f->memory + (other << 9), differ = 0;
+
+	for (int slot = 256; slot < 512; slot++)
+		differ |= a[slot] ^ b[slot];
+	return !(differ & ~ACCESSED_DIRTY);
+}
+
+/* Forget the lower half, and of the upper what may be an entry's that has changed. */
+static void forget_entry(struct fastpath *f, struct tlb_entry *entry, uint64_t *used)
+{
+	uint64_t upper_half = entry->read & entry->write & entry->code, stale;
+
+	if (upper_half == ~0ULL)
+		return;
+	stale = !(upper_half >> 63);
+	for (uint64_t i = 0; i < f->nr_stale; i++)
+		stale |= entry->physical == f->stale[i];
+	if (!stale)
+		return;
+	*entry = (struct tlb_entry){~0ULL, ~0ULL, ~0ULL, ~0ULL, ~0ULL, {~0ULL, ~0ULL, ~0ULL}};
+	(*used)--;
+}
+
+/*
+ * Is the TLB of the right size? If not, the next flush changes it: it doubles one that is full, and
+ * makes one smaller of which little was used in the last tenth of a second. One that is far too
+ * large takes too long to go through for that.
+ */
+static int fits(struct tlb_mode *mode, uint64_t nr_entries)
+{
+	uint64_t per_cent = mode->used * 100 / nr_entries;
+
+	if (nr_entries > LARGE_TLB && per_cent < 30) {
+		mode->window_begin = 0;
+		mode->window_max = mode->used;
+		return 0;
+	}
+	return per_cent <= 70;
+}
+
+/*
+ * Load an address space, as Cpu.load_cr3. Linux changes to another one and back for each patch of
+ * its code; what it maps for all of them stays in the TLB, if nothing of it can have changed: the
+ * same L4 entries lead to the same tables, and of these no present entry has changed since the last
+ * flush, but single ones of L1 tables, of which we know what they showed.
+ */
+static void load_cr3(struct fastpath *f, uint64_t mfn)
+{
+	struct tlb_mode *mode = f->tlb->modes + MODE_USER;
+	struct tlb_entry *entries = f->tlb->tables[MODE_USER].entries;
+	uint64_t nr = (f->tlb->tables[MODE_USER].mask / sizeof *entries) + 1;
+	uint64_t old = f->registers[CR3] >> PAGE_SHIFT, *cache = f->block_cache, cached = NR_BLOCK_CACHE;
+
+	f->registers[CR3] = mfn << PAGE_SHIFT;
+	if (*f->unflushed == ALL_FLUSHED)
+		f->nr_stale = 0;
+	if (*f->unflushed == UNFLUSHED || (uint16_t)f->tlb->counters[0] & ~(1U << MODE_USER) ||
+	    !fits(mode, nr) || old >= f->nr_frames || !same_upper_half(f, old, mfn)) {
+		f->tlb_flush(f->cpu);
+	} else {
+		for (uint64_t i = 0; i < nr; i++)
+			forget_entry(f, entries + i, &mode->used);
+		for (int i = 0; i < TLB_VICTIMS; i++)
+			forget_entry(f, mode->victims + i, &(uint64_t){0});
+		__asm__ volatile("rep stosq" : "+D"(cache), "+c"(cached) : "a"(0) : "memory");
+	}
+	/* Python goes by when it flushed itself: it shall go on to. */
+	if (*f->unflushed)
+		*f->unflushed = UNFLUSHED_STALE;
+	f->nr_stale = 0;
 }
 
 /* NEW_BASEPTR and NEW_USER_BASEPTR, in this order: a change of address space. */
@@ -289,8 +414,7 @@ static int mmuext_op(struct fastpath *f)
 		control[KERNEL_CR3] = kernel << PAGE_SHIFT;
 		f->type_count[old_kernel]--;
 	}
-	q[CR3] = kernel << PAGE_SHIFT;
-	f->tlb_flush(f->cpu);
+	load_cr3(f, kernel);
 	if (user)
 		f->type_count[user]++;
 	control[USER_CR3] = user << PAGE_SHIFT;

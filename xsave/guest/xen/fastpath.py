@@ -34,21 +34,25 @@ ExceptionHook = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_uint32, ctypes.
 LeaveHook = ctypes.CFUNCTYPE(None, ctypes.c_uint64)
 _POINTERS = (
     "registers", "exception", "old_exception", "cpu",
-    "tlb_flush", "read_register", "write_register", "clock_gettime",
+    "tlb_flush", "tlb", "block_cache", "read_register", "write_register", "clock_gettime",
     "slow_syscall", "slow_exception", "leave",
     "memory", "owner", "page_type", "type_count", "references",
 )  # fmt: skip
 _WORDS = (
     "nr_frames", "domid", "unflushed",
     "open", "in_kernel", "control_registers", "events", "nr_vcpus", "version", "clock_offset",
-    "khz", "timer", "deadline", "kicked", "nr_crossings",
+    "khz", "timer", "deadline", "kicked", "nr_crossings", "nr_stale",
 )  # fmt: skip
+_MOST_STALE = 16
 
 
 class _Structure(ctypes.Structure):
     """struct fastpath."""
 
-    _fields_ = tuple((name, ctypes.c_uint64) for name in _POINTERS + _WORDS)
+    _fields_ = (
+        *((name, ctypes.c_uint64) for name in _POINTERS + _WORDS),
+        ("stale", ctypes.c_uint64 * _MOST_STALE),
+    )
 
 
 _OPEN, _IN_KERNEL, _CONTROL, _EVENTS, _TIMER, _DEADLINE, KICKED, NR_CROSSINGS = (
@@ -106,13 +110,16 @@ class Fastpath:
         exception: int,
         old_exception: int,
         cpu: int,
+        tlb: int,
+        block_cache: int,
         functions: tuple[Any, Any, Any],
         slow: tuple[Any, Any],
         fail: Callable[[BaseException], None],
     ) -> tuple[int, int, int]:
         """Return the addresses of the hooks of `syscall` and of exceptions, and of their data.
 
-        registers, exception (the error code), old_exception, cpu: addresses in the emulator.
+        registers, exception (the error code), old_exception, cpu, tlb, block_cache: addresses in
+        the emulator.
         functions: its tlb_flush, uc_reg_read and uc_reg_write. slow: hooks for what is Python's, a
         SyscallHook and an ExceptionHook. fail ends the run with what was raised."""
         found, s = library(), self._structure
@@ -129,6 +136,7 @@ class Fastpath:
         self._kept += [clock_gettime, hook, *slow, *functions]
         s.registers, s.exception, s.old_exception = registers, exception, old_exception
         s.cpu, s.clock_gettime = cpu, _address(clock_gettime)
+        s.tlb, s.block_cache = tlb, block_cache
         s.tlb_flush, s.read_register, s.write_register = map(_address, functions)
         s.slow_syscall, s.slow_exception = _address(slow[0]), _address(slow[1])
         s.leave = _address(hook)

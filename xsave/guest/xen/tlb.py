@@ -28,6 +28,7 @@ _DESCRIPTOR_WORDS = 6 + 8 * (64 + 16) // 8 + 1
 _WINDOW_BEGIN, _USED = 2, 4
 _SIZES = _MODES * _DESCRIPTOR_WORDS + 1
 _WORDS = _SIZES + 2 * _MODES + 2
+_COUNTERS_BYTES = 32
 _NO_PAGE = (1 << 64) - 1
 #: In ns since 1970, as windows are: the year 2116.
 _NEVER = 1 << 62
@@ -36,8 +37,10 @@ _NEVER = 1 << 62
 class Tlb:
     """The TLB of an engine that has not run yet."""
 
-    def __init__(self, state: int) -> None:
-        """state: the address of the CPU state. Raises UnsupportedEmulator."""
+    def __init__(self, state: int, *, fixed: bool) -> None:
+        """state: the address of the CPU state. fixed: at one size, if hold() is called before every
+        flush. Raises UnsupportedEmulator."""
+        self.fixed, self.address = fixed, state - 8 * _WORDS - _COUNTERS_BYTES
         raw = (ctypes.c_uint64 * _WORDS).from_address(state - 8 * _WORDS)
         self._words = words = memoryview(raw).cast("B").cast("Q")
         modes = [mode * _DESCRIPTOR_WORDS for mode in range(_MODES)]
@@ -46,7 +49,7 @@ class Tlb:
             words[at : at + len(fresh)].tolist() != fresh for at in modes
         ):
             raise UnsupportedEmulator("this unicorn keeps its TLB elsewhere (2.1.4 is known)")
-        for at in modes:
+        for at in modes if fixed else []:
             words[at + _WINDOW_BEGIN] = _NEVER
         self._used = [at + _USED for at in modes]
 

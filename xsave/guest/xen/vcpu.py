@@ -142,7 +142,7 @@ class Cpu:
         self.state = cpuregs.CpuState(state)
         self.q = self.state.q
         self._features = CpuFeatures(self.q)
-        self._tlb = Tlb(state) if fixed_tlb else None
+        self._tlb = Tlb(state, fixed=fixed_tlb)
         self._word = ctypes.c_uint64(0)
         self._word_ref = ctypes.byref(self._word)
         context_bytes = uclib.uc_context_size(self._handle)
@@ -219,8 +219,9 @@ class Cpu:
         if fastpath is not None:
             functions = _direct.tlb_flush_x86_64, _direct.uc_reg_read, _direct.uc_reg_write
             hooks = fastpath.connect(
-                state.address, *state.exception_addresses(), self._cpu, functions, slow, self._fail
-            )
+                state.address, *state.exception_addresses(), self._cpu, self._tlb.address,
+                self._stops.block_cache, functions, slow, self._fail,
+            )  # fmt: skip
         self._hooks = slow  # they must live as long as the engine
         self._add_hook(UC_HOOK_INSN, hooks[0], hooks[2], x86.UC_X86_INS_SYSCALL)
         self._add_hook(UC_HOOK_INTR, hooks[1], hooks[2])
@@ -410,7 +411,7 @@ class Cpu:
 
     def _keep_tlb_size(self) -> None:
         """Before every flush."""
-        if self._tlb is not None:
+        if self._tlb.fixed:
             self._tlb.hold()
 
     def load_cr3(self, value: int) -> None:
