@@ -302,11 +302,12 @@ class PageTables:
 
     def _links(self, mfn: int, level: int) -> list[tuple[int, int]]:
         """Return (slot, entry) of the present entries that are the guest's own."""
-        row = self.q[mfn << 9 : (mfn + 1) << 9].tolist()
+        row = self.machine.mem[mfn]
+        slots = np.flatnonzero(row & np.uint64(PTE_PRESENT))
         if level == PGT_L4:
             first, last = XEN_L4_SLOTS
-            row[first : last + 1] = [0] * (last + 1 - first)
-        return [(slot, entry) for slot, entry in enumerate(row) if entry & PTE_PRESENT]
+            slots = slots[(slots < first) | (slots > last)]
+        return list(zip(slots.tolist(), row[slots].tolist(), strict=True))
 
     def _validate_upper(self, mfn: int, level: int) -> int:
         taken: list[int] = []
