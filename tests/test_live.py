@@ -104,7 +104,7 @@ class Log:
         found, self.guest.dirty = self.guest.dirty, np.zeros(NR_FRAMES, bool)
         return found
 
-    def ask_clean(self):
+    def ask_last(self):
         return self.clean
 
 

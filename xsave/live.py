@@ -178,7 +178,7 @@ class LiveWriter(Writer):
         started = time.monotonic()
         state = self._domctl.state()
         # Meanwhile nothing changes. The domain's process lists what is dirty while we look.
-        clean, ask_vcpus = self._log.ask_clean(), self._domctl.ask_vcpus()
+        clean, ask_vcpus = self._log.ask_last(), self._domctl.ask_vcpus()
         seen = self._look(state)
         self._page_types = self._types()
         dirty, vcpus = clean(), ask_vcpus()

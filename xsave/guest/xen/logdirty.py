@@ -46,8 +46,9 @@ class LogDirty(Protocol):
     def clean(self) -> np.ndarray:
         """The same, and begin anew. The first one is due before anything is sent."""
 
-    def ask_clean(self) -> Callable[[], np.ndarray]:
-        """clean() of a guest that does not run: what is returned waits for the bitmap."""
+    def ask_last(self) -> Callable[[], np.ndarray]:
+        """clean() of a guest that does not run, for the last time: what is returned waits for the
+        bitmap."""
 
     def off(self) -> None:
         """End it; nothing is logged any more."""
@@ -73,10 +74,10 @@ class WrittenLog:
         return self._bitmap(self._ask("peek")())
 
     def clean(self) -> np.ndarray:
-        return self.ask_clean()()
+        return self._bitmap(self._ask("clean")())
 
-    def ask_clean(self) -> Callable[[], np.ndarray]:
-        packed = self._ask("clean")
+    def ask_last(self) -> Callable[[], np.ndarray]:
+        packed = self._ask("peek")  # nothing comes after that: none has to be protected again
         return lambda: self._bitmap(packed())
 
     def off(self) -> None:
@@ -109,7 +110,7 @@ class CompareLog:
     def clean(self) -> np.ndarray:
         return self._compare(copy=True)
 
-    def ask_clean(self) -> Callable[[], np.ndarray]:
+    def ask_last(self) -> Callable[[], np.ndarray]:
         return self.clean
 
     def _compare(self, *, copy: bool) -> np.ndarray:
@@ -137,8 +138,10 @@ class CompareLog:
 def chunk_runs(machine: Machine, domid: int) -> list[tuple[int, int]]:
     """Return runs (first, nr) of whole chunks of frames that hold all frames of the domain."""
     nr_chunks = -(-machine.nr_frames // CHUNK_FRAMES)
+    owned = np.zeros(nr_chunks * CHUNK_FRAMES, bool)
+    np.equal(machine.owner, domid, out=owned[: machine.nr_frames])
     chunks = np.zeros(nr_chunks + 2, bool)
-    chunks[np.flatnonzero(machine.owner == domid) // CHUNK_FRAMES + 1] = True
+    owned.reshape(nr_chunks, CHUNK_FRAMES).any(axis=1, out=chunks[1:-1])
     edges = np.flatnonzero(np.diff(chunks)) * CHUNK_FRAMES
     ends = np.minimum(edges[1::2], machine.nr_frames)
     return list(zip(edges[::2].tolist(), (ends - edges[::2]).tolist(), strict=True))
