@@ -83,8 +83,9 @@ def _of_image(domctl: Domctl, state: DomainState, frames: np.ndarray) -> GuestP2
 def _checked(domctl: Domctl, p2m: np.ndarray) -> np.ndarray:
     """Entries that name no frame of the guest are holes (foreign, identity, or nonsense)."""
     machine, pfns = domctl.machine, np.arange(p2m.size, dtype=np.uint64)
-    inside = np.where(p2m < np.uint64(machine.nr_frames), p2m, np.uint64(0))  # 0 is nobody's
-    good = (machine.m2p[inside] == pfns) & (machine.owner[inside] == domctl.domid)
+    inside = p2m < np.uint64(machine.nr_frames)
+    frames = np.where(inside, p2m, np.uint64(0)).view(np.int64)  # 0 is nobody's
+    good = (machine.m2p.take(frames) == pfns) & (machine.owner.take(frames) == domctl.domid)
     return np.where(good, p2m, np.uint64(INVALID_P2M_ENTRY))
 
 
