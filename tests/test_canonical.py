@@ -15,8 +15,9 @@ from xsave.canonical import (
     canonicalise,
     local_p2m,
     localise,
+    localise_entries,
     mfns_to_pfns,
-    referenced_pfns,
+    present_entries,
 )
 from xsave.frames import INVALID_M2P_ENTRY, INVALID_P2M_ENTRY, PTE_PRESENT, PTE_PSE
 
@@ -155,20 +156,37 @@ def test_no_frame_of_the_host_is_left(world, levels):
     m2p[p2m] = np.arange(nr_pfns, dtype=np.uint64)
     tables = make_tables(rng, World(p2m, m2p, world.others + offset), levels)
     canonical = canonicalise(tables, np.array(levels), m2p, p2m).tables
-    _, _, pfns = referenced_pfns(canonical)
+    _, pfns = present_entries(canonical)
     assert (pfns < nr_pfns).all()
     present = canonical[canonical & np.uint64(PTE_PRESENT) != 0]
     assert (((present & np.uint64(FRAME)) >> np.uint64(12)) < offset).all()
 
 
-def test_referenced_pfns_are_the_present_ones():
-    """Rows, slots and pfns of the present entries, in order."""
+def test_present_entries_and_their_pfns():
+    """Where they are and what they name, in order."""
     tables = np.zeros((2, 512), np.uint64)
     tables[0, 5] = 7 << 12 | 1
     tables[1, 0] = 9 << 12 | 1 | 1 << 63
     tables[1, 1] = 9 << 12
-    rows, slots, pfns = referenced_pfns(tables)
-    assert (rows.tolist(), slots.tolist(), pfns.tolist()) == ([0, 1], [5, 0], [7, 9])
+    at, pfns = present_entries(tables)
+    assert (at.tolist(), pfns.tolist()) == ([5, 512], [7, 9])
+
+
+@settings(max_examples=30)
+@given(worlds, levels_of)
+def test_localised_in_place_or_anew_is_the_same(world, levels):
+    seed, nr_pfns = world
+    rng = np.random.default_rng(seed)
+    world = make_world(rng, nr_pfns, hole_share=0)
+    canonical = canonicalise(
+        make_tables(rng, world, levels), np.array(levels), world.m2p, world.p2m
+    ).tables
+    at, pfns = present_entries(canonical)
+    inside = pfns < nr_pfns
+    canonical.reshape(-1)[at[~inside]] = 0
+    anew = localise(canonical, world.p2m)
+    localise_entries(canonical, at[inside], pfns[inside], world.p2m)
+    assert np.array_equal(canonical, anew)
 
 
 @given(

@@ -110,12 +110,13 @@ def replay(sequence):
             if not localiser.work_ahead():
                 break
     localiser.run()
-    for pfn, (kind, _) in last.items():  # whose turn now comes: what is pinned cannot be again
-        if kind == PageType.L1TAB_PINNED:
-            assert int(memory.p2m[pfn]) not in door.pinned
+    own = {pfn for pfn, (kind, _) in last.items() if kind == PageType.L1TAB_PINNED}
+    ahead = {pfn for pfn in own if int(memory.p2m[pfn]) in door.pinned}
+    # What is pinned cannot be again.
+    assert localiser.still_to_pin().tolist() == sorted(own - ahead)
     wait = localiser.ask_unpin()
     wait()
-    assert not door.pinned
+    assert door.pinned.keys() == {int(memory.p2m[pfn]) for pfn in ahead}
     memory.complete()
     return door, memory, last
 
@@ -136,9 +137,10 @@ def test_the_tables_are_as_if_done_at_the_end(sequence):
     assert not set(backed.tolist()) & set(door.given_back)
 
 
-def test_it_is_done_ahead():
+@pytest.mark.parametrize("kind", [PageType.L1TAB, PageType.L1TAB_PINNED])
+def test_it_is_done_ahead(kind):
     """Most of the work really is: at the end only what came since is left."""
-    tables = [(pfn, PageType.L1TAB, [pfn + 10]) for pfn in range(1, 8)]
+    tables = [(pfn, kind, [pfn + 10]) for pfn in range(1, 8)]
     data = [(pfn, PageType.NOTAB, []) for pfn in range(11, 18)]
     door, memory, _ = replay([(tables + data, 9, SIZE), ([tables[0]], 0, SIZE)])
     assert door.nr_pinned == sum(int(memory.p2m[pfn]) % 5 != 0 for pfn in range(1, 8))

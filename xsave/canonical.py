@@ -77,16 +77,19 @@ def canonicalise(
     return Canonicalised(np.where(present & valid, pfns, out), deferred, bad)
 
 
-def named_pfns(tables: np.ndarray) -> np.ndarray:
-    """Return the pfns in the present entries of canonical tables, one for each, in order."""
-    pfns: np.ndarray = (tables[(tables & _PRESENT) != 0] & _FRAME) >> _SHIFT
-    return pfns
+def present_entries(tables: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return (at, pfns) of the present entries of canonical tables (n, 512): where they are in all
+    of them, row by row, and the pfns they name."""
+    flat = tables.reshape(-1)
+    at = np.flatnonzero(flat & _PRESENT)
+    return at, (flat[at] & _FRAME) >> _SHIFT
 
 
-def referenced_pfns(tables: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return (rows, slots, pfns) of the present entries of canonical tables."""
-    rows, slots = np.nonzero(tables & _PRESENT)
-    return rows, slots, named_pfns(tables)
+def localise_entries(tables: np.ndarray, at: np.ndarray, pfns: np.ndarray, p2m: np.ndarray) -> None:
+    """localise() in place, of tables (n, 512) in one piece whose present entries are known."""
+    flat = tables.view()
+    flat.shape = (-1,)  # a copy would be of no use
+    flat[at] = p2m[pfns] << _SHIFT | flat[at] & _FLAGS
 
 
 def localise(tables: np.ndarray, p2m: np.ndarray) -> np.ndarray:
@@ -106,9 +109,9 @@ def canonical_p2m(p2m: np.ndarray, per_page: int = 512) -> np.ndarray:
     Xen's own tools leave the sender's mfns in these pages and overwrite them on restore; with
     the identity in their place no mfn of the host gets into the image.
     """
-    pages = np.full(-(-p2m.size // per_page) * per_page, INVALID_P2M_ENTRY, np.uint64)
-    pfns = np.arange(p2m.size, dtype=np.uint64)
-    pages[: p2m.size] = np.where(p2m != np.uint64(INVALID_P2M_ENTRY), pfns, pages[: p2m.size])
+    pages = np.arange(-(-p2m.size // per_page) * per_page, dtype=np.uint64)
+    pages[: p2m.size][p2m == np.uint64(INVALID_P2M_ENTRY)] = INVALID_P2M_ENTRY
+    pages[p2m.size :] = INVALID_P2M_ENTRY
     return pages.reshape(-1, per_page)
 
 

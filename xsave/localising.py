@@ -14,9 +14,9 @@ from typing import NoReturn
 
 import numpy as np
 
-from xsave.canonical import canonicalise, localise, named_pfns, referenced_pfns
+from xsave.canonical import canonicalise, localise, localise_entries, present_entries
 from xsave.errors import ImageError
-from xsave.frames import INVALID_P2M_ENTRY, PTE_PSE, PageType
+from xsave.frames import INVALID_P2M_ENTRY, PTE_PSE, TYPE_PIN, PageType
 from xsave.guest.xen.domctl import Domctl
 from xsave.image.pages import PageBatch
 from xsave.placing import Memory, table_levels
@@ -56,18 +56,28 @@ class Localiser:
             self._domctl.ask_unpin(self._memory.p2m[pfns])()
             self._pinned[pfns] = False
 
+    def still_to_pin(self) -> np.ndarray:
+        """Return the pfns of the tables that the guest has pinned and that are not pinned yet."""
+        own = self._own_pins()
+        own[: self._pinned.size] &= ~self._pinned
+        return np.flatnonzero(own)
+
+    def _own_pins(self) -> np.ndarray:
+        types = self._memory.types
+        own: np.ndarray = (types & TYPE_PIN != 0) & (types < PageType.BROKEN)
+        return own
+
     def ask_unpin(self) -> Callable[[], object]:
-        """Undo what was pinned ahead; return what waits until that is done."""
-        pfns = np.flatnonzero(self._pinned)
+        """Undo those pins of what was pinned ahead that are not the guest's own; return what waits
+        until that is done."""
+        pfns = np.flatnonzero(self._pinned & ~self._own_pins()[: self._pinned.size])
         return self._domctl.ask_unpin(self._memory.p2m[pfns]) if pfns.size else _nothing
 
     def work_ahead(self) -> bool:
         """Records are still to come: do a part of what can be done. False if nothing can."""
         if self._localise_ahead():
             return True
-        # A guest that has pinned one itself: that one waits for its turn.
-        plain = self._memory.types[: self._ahead.size] == PageType.L1TAB
-        pfns = np.flatnonzero(self._ahead & plain & ~self._tried)[:_PIN_BATCH]
+        pfns = np.flatnonzero(self._ahead & ~self._tried)[:_PIN_BATCH]
         if pfns.size:
             self._tried[pfns] = True
             self._pinned[pfns] = self._domctl.pin_l1s(self._memory.p2m[pfns])
@@ -81,12 +91,12 @@ class Localiser:
         if not pfns.size:
             return False
         tables = memory.read_tables(pfns)
-        rows, _, targets = referenced_pfns(tables)
+        at, targets = present_entries(tables)
         known = np.zeros(targets.size, bool)
         inside = targets < np.uint64(memory.p2m.size)
         known[inside] = memory.p2m[targets[inside]] != _INVALID
         ready = np.ones(pfns.size, bool)
-        ready[rows[~known]] = False
+        ready[at[~known] >> 9] = False
         pfns = pfns[ready]
         memory.write_tables(pfns, localise(tables[ready], memory.p2m))
         self._ahead[pfns] = True
@@ -103,15 +113,15 @@ class Localiser:
         pending[: self._ahead.size] &= ~self._ahead
         pfns = np.flatnonzero(pending)
         tables = memory.read_tables(pfns)
-        targets = named_pfns(tables)
+        at, targets = present_entries(tables)
         if (targets >= np.uint64(memory.p2m.size)).any():
             self._refuse_outside(tables, pfns)
-        upper = levels[pfns] > 1
-        self._check_upper(tables[upper], levels, pfns[upper])
+        self._check_upper(tables, at, targets, levels, pfns)
         named = np.zeros(memory.p2m.size, bool)
         named[targets] = True
         memory.populate(np.flatnonzero(named))
-        memory.write_tables(pfns, localise(tables, memory.p2m))
+        localise_entries(tables, at, targets, memory.p2m)
+        memory.write_tables(pfns, tables)
 
     def _go_back(self) -> None:
         """Some frames are to be dropped: tables may name them."""
@@ -126,30 +136,37 @@ class Localiser:
     def _refuse_outside(self, tables: np.ndarray, pfns: np.ndarray) -> NoReturn:
         """Name the first entry of the tables at pfns that leads out of the p2m."""
         size = self._memory.p2m.size
-        rows, slots, targets = referenced_pfns(tables)
-        first = np.flatnonzero(targets >= np.uint64(size))[0]
-        row, slot = int(rows[first]), int(slots[first])
+        at, targets = present_entries(tables)
+        row, slot = divmod(int(at[targets >= np.uint64(size)][0]), 512)
         found = f"{int(tables[row, slot]):#x}"
         what, expected = "a pfn outside the p2m", f"a pfn below {size:#x}"
         self._refuse_entry(int(pfns[row]), slot, what, expected, found)
 
-    def _check_upper(self, tables: np.ndarray, levels: np.ndarray, pfns: np.ndarray) -> None:
-        """Entries of upper tables (n, 512), at pfns (n,), must lead to tables of the level below;
-        levels are those of all pfns."""
-        rows, slots, targets = referenced_pfns(tables)
-        entries = tables[rows, slots]
+    def _check_upper(
+        self,
+        tables: np.ndarray,
+        at: np.ndarray,
+        targets: np.ndarray,
+        levels: np.ndarray,
+        pfns: np.ndarray,
+    ) -> None:
+        """Entries of the upper ones of these tables (n, 512), at pfns (n,), must lead to tables of
+        the level below; at, targets: of all present entries; levels are those of all pfns."""
+        of_upper = levels[pfns[at >> 9]] > 1
+        at, targets = at[of_upper], targets[of_upper]
+        entries = tables.reshape(-1)[at]
         superpages = np.flatnonzero(entries & np.uint64(PTE_PSE))
         if superpages.size:
-            row, slot = int(rows[superpages[0]]), int(slots[superpages[0]])
+            first = superpages[0]
             expected = f"a pfn below {self._memory.p2m.size:#x}"
-            found = f"{int(entries[superpages[0]]):#x}"
-            self._refuse_entry(int(pfns[row]), slot, "a superpage", expected, found)
-        below = levels[pfns[rows]] - 1
+            pfn, slot = int(pfns[at[first] >> 9]), int(at[first] & 511)
+            self._refuse_entry(pfn, slot, "a superpage", expected, f"{int(entries[first]):#x}")
+        below = levels[pfns[at >> 9]] - 1
         wrong = np.flatnonzero(levels[targets] != below)
         if wrong.size:
-            row, slot = int(rows[wrong[0]]), int(slots[wrong[0]])
-            what = f"pfn {targets[wrong[0]]:#x}, which is no page table of level {below[wrong[0]]}"
-            self._refuse_entry(int(pfns[row]), slot, what)
+            first = wrong[0]
+            what = f"pfn {targets[first]:#x}, which is no page table of level {below[first]}"
+            self._refuse_entry(int(pfns[at[first] >> 9]), int(at[first] & 511), what)
 
     def _refuse_entry(
         self,

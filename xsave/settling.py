@@ -16,7 +16,7 @@ import numpy as np
 
 from xsave.canonical import local_p2m
 from xsave.errors import HostCannotTake, ImageError
-from xsave.frames import INVALID_P2M_ENTRY, PAGE_SHIFT, PAGE_SIZE, TYPE_PIN, PageType
+from xsave.frames import INVALID_P2M_ENTRY, PAGE_SHIFT, PAGE_SIZE, PageType
 from xsave.guest.xen.domctl import DomainState, Domctl, VcpuState
 from xsave.image import libxc
 from xsave.image.pages import PageBatch
@@ -65,16 +65,16 @@ class Settler:
             self._memory.complete(self._parts.p2m_frames)
             self._write_shared_info()
             self._write_p2m()
+            contexts = {vcpu_id: self._context(vcpu_id) for vcpu_id in sorted(self._parts.vcpus)}
         self._memory.serve()
-        contexts = {vcpu_id: self._context(vcpu_id) for vcpu_id in sorted(self._parts.vcpus)}
         registers = contexts[0].user_regs
-        self._write_start_info(registers.rdx)
-        registers.rdx, registers.rax = self._mfn(registers.rdx), 0
-        set_vcpus = {
-            vcpu_id: self._domctl.ask_set_vcpu(self._vcpu_state(vcpu_id, context))
-            for vcpu_id, context in contexts.items()
-        }
-        set_state = self._domctl.ask_set_state(state)
+        with self._start_info(registers.rdx):  # meanwhile:
+            registers.rdx, registers.rax = self._mfn(registers.rdx), 0
+            set_vcpus = {
+                vcpu_id: self._domctl.ask_set_vcpu(self._vcpu_state(vcpu_id, context))
+                for vcpu_id, context in contexts.items()
+            }
+            set_state = self._domctl.ask_set_state(state)
         for vcpu_id, wait in set_vcpus.items():
             self._wait_for_vcpu(vcpu_id, wait)
         set_state()
@@ -85,8 +85,7 @@ class Settler:
     def _pinning(self) -> Iterator[None]:
         """The domain's process validates and pins the tables; what is wrong with them comes
         before what is wrong elsewhere."""
-        types = self._memory.types
-        pinned = np.flatnonzero((types & TYPE_PIN != 0) & (types < PageType.BROKEN))
+        types, pinned = self._memory.types, self._localiser.still_to_pin()
         wait = self._domctl.ask_pin(self._memory.p2m[pinned], types[pinned] & 7)
         unpinned = self._localiser.ask_unpin()
         try:
@@ -170,7 +169,9 @@ class Settler:
                 record=libxc.X86PvP2mFrames.NAME,
             )
 
-    def _write_start_info(self, pfn: int) -> None:
+    @contextlib.contextmanager
+    def _start_info(self, pfn: int) -> Iterator[None]:
+        """Have the rings connected, and write start_info."""
         self._require_plain(pfn, "start_info (vCPU 0's rdx)", self._basic(0).offset)
         self._memory.have(np.array([pfn]))
         page = self._machine.pages[self._mfn(pfn)]
@@ -179,9 +180,9 @@ class Settler:
             offset = (self._memory.offset_of(pfn) or 0) + getattr(StartInfo, field).offset
             self._require_plain(getattr(info, field), f"the {ring} ring in start_info", offset)
         info.store_mfn, info.console_mfn = self._mfn(info.store_mfn), self._mfn(info.console_mfn)
-        info.store_evtchn, info.console_evtchn = self._domctl.connect_rings(
-            info.store_mfn, info.console_mfn
-        )
+        connected = self._domctl.ask_connect_rings(info.store_mfn, info.console_mfn)
+        yield
+        info.store_evtchn, info.console_evtchn = connected()
         info.nr_pages = self._memory.p2m.size
         info.shared_info = self._domctl.shared_info_mfn << PAGE_SHIFT
         info.flags = 0
