@@ -38,8 +38,7 @@ import threading
 import time
 from collections.abc import Iterable
 from functools import cache
-
-from unicorn import Uc
+from types import CodeType
 
 from xsave.guest.xen.blocks import Blocks
 from xsave.guest.xen.cpuregs import UnsupportedEmulator, engine_bytes
@@ -63,16 +62,18 @@ _PURE = 7
 # struct uc_context in front of the registers; then cpu_context_size, 4 bytes of padding, next_pc.
 _CONTEXT_HEADER_BYTES = 40
 _STOP_FLAGS_AFTER = 16
-#: Where the thread is while the emulator runs.
-_RUN = Uc.emu_start.__code__
 _STOP_FLAGS = (b"\0\0\0\x01", b"\0\x01\0\x01")
 
 
 class Stops:
     """The stops of one engine, whose CPU object is at `cpu`."""
 
-    def __init__(self, library: ctypes.PyDLL, engine: int, cpu: int, context_bytes: int) -> None:
+    def __init__(
+        self, library: ctypes.PyDLL, engine: int, cpu: int, context_bytes: int, run: CodeType
+    ) -> None:
+        """run: what the thread that runs the guest executes while no hook does."""
         self._engine = engine
+        self._run = run
         self._helper = _helper_flags(library._name)
         self._blocks = Blocks(library, engine, cpu)
         self.block_cache = self._blocks.cache
@@ -139,7 +140,7 @@ class Stops:
     def _is_in_hook(self) -> bool:
         """True if the guest stands still, while Python does something for it."""
         frame = sys._current_frames().get(self._thread)
-        return frame is not None and frame.f_code is not _RUN
+        return frame is not None and frame.f_code is not self._run
 
 
 class _HelperFlags:

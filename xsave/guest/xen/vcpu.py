@@ -146,7 +146,8 @@ class Cpu:
         self._word = ctypes.c_uint64(0)
         self._word_ref = ctypes.byref(self._word)
         context_bytes = uclib.uc_context_size(self._handle)
-        self._stops = Stops(_direct, self._handle.value or 0, self._cpu, context_bytes)
+        run = Uc.emu_start.__code__
+        self._stops = Stops(_direct, self._handle.value or 0, self._cpu, context_bytes, run)
         self._counted = False
         self._watches = 0
         self._reset = self._uc.context_save()  # CPL 0, paging off: where every vCPU starts
