@@ -15,7 +15,7 @@ import numpy as np
 
 from xsave.errors import GuestStateError, HostCannotTake, StorageError
 from xsave.frames import PAGE_SIZE
-from xsave.guest.xen import elf
+from xsave.guest.xen import elf, vextrap
 from xsave.guest.xen.adopt import adopt_context
 from xsave.guest.xen.builder import build
 from xsave.guest.xen.context import xsave_fault
@@ -82,6 +82,8 @@ class Building:
         self._fill_store(domain, int(arguments["target_pages"]), available)
         if arguments.get("warm"):
             running.warm_up()
+            if not running.builtin:
+                vextrap.prepare()
         return {"shared_info_mfn": domain.shared_info_mfn}, b""
 
     def _begin(

@@ -50,9 +50,14 @@ _CALLBACK = ctypes.CFUNCTYPE(
 )
 
 
+def prepare() -> None:
+    """Load in advance what the first suspicious code needs, for tens of milliseconds."""
+    _decoder(False)
+
+
 @cache
 def _decoder(compat: bool) -> Any:
-    import capstone  # only guests with suspicious code need it
+    import capstone  # the built-in guest has none
 
     mode = capstone.CS_MODE_32 if compat else capstone.CS_MODE_64
     decoder = capstone.Cs(capstone.CS_ARCH_X86, mode)
