@@ -317,5 +317,7 @@ def test_migrations_in_a_row(xsave, hosts):
             raise
         moved += now is not where
         where = now
+        if number % 25 == 24:
+            print(f"{number + 1}: {moved} of them moved the guest", flush=True)
     print(f"{MIGRATIONS} migrations, {moved} of them moved the guest")
     assert moved > 0
