@@ -150,7 +150,8 @@ class LiveWriter(Writer):
         sent."""
         p2m, pending = self._p2m, self._pending
         backed = p2m != _INVALID
-        pending[backed] |= dirty[p2m[backed]]
+        frames_or_0 = np.where(backed, p2m, np.uint64(0)).view(np.int64)
+        pending |= dirty.take(frames_or_0) & backed
         changed = p2m != self._sent_p2m
         if (left := self._sent_p2m[changed & (self._sent_p2m != _INVALID)]).size:
             self._machine.let_go(left)
