@@ -1,5 +1,5 @@
 """After a change of address space a guest finds what its page tables say, and nothing older: of the
-TLB, the library (fastpath.c) keeps what it can know to be the same."""
+TLB, the library (spaces.c) keeps what it can know to be the same."""
 
 from __future__ import annotations
 

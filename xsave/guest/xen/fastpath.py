@@ -1,4 +1,4 @@
-"""Crossings that a small library answers without Python (xsave/guest/fastpath/fastpath.c).
+"""Crossings that a small library answers without Python (xsave/guest/fastpath).
 
 A crossing takes Python 10 to 40 us, most of it its own; Linux makes 130,000 while it boots, nearly
 all of a few kinds. The library's functions are the emulator's hooks then. They know the domain by
