@@ -10,7 +10,8 @@ import socket
 from collections.abc import Callable, Sequence
 from typing import Any, cast
 
-from xsave.guest.xen.domctl import DomainInfo, Domctl, Pending
+from xsave.guest.xen.conversation import Pending
+from xsave.guest.xen.domctl import DomainInfo, Domctl
 from xsave.guest.xen.hypervisor import Hypervisor
 from xsave.guest.xen.machine import XEN_FRAMES
 from xsave.host.building import Answer, Building

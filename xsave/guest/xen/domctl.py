@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import socket
-from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,16 +19,10 @@ import numpy as np
 
 from xsave.errors import ConnectionLost, XsaveError
 from xsave.frames import TYPE_PIN
+from xsave.guest.xen.conversation import Conversation, Pending
 from xsave.guest.xen.logdirty import COMPARE, KINDS, CompareLog, LogDirty, WrittenLog
 from xsave.guest.xen.machine import XEN_FRAMES, Machine
-from xsave.guest.xen.wire import (
-    pack_blobs,
-    raise_error,
-    receive_exact,
-    receive_message,
-    send_message,
-    unpack_blobs,
-)
+from xsave.guest.xen.wire import pack_blobs, receive_exact, unpack_blobs
 
 _TABLE_LEVELS = 4
 #: What log_dirty() takes: the best there is, or this one.
@@ -85,21 +78,6 @@ class DomainState:
     xen_version: tuple[int, int]
 
 
-class Pending:
-    """A request that was sent and whose answer is still to come, behind those sent before."""
-
-    def __init__(self, receive: Callable[[Callable[[str], None] | None], None]) -> None:
-        self._receive = receive
-        self.answer: tuple[dict[str, Any], bytes] | None = None
-
-    def wait(self, on_event: Callable[[str], None] | None = None) -> tuple[dict[str, Any], bytes]:
-        """Return the answer. Raises what went wrong there; ConnectionLost."""
-        while self.answer is None:
-            self._receive(on_event)
-        raise_error(self.answer[0])
-        return self.answer
-
-
 class Domctl:
     """One domain, by its mapped machine and a connection to its process.
 
@@ -112,7 +90,7 @@ class Domctl:
         self.domid = domid
         self.name = name
         self._sock = sock
-        self._pending: deque[Pending] = deque()  # in the order of their answers
+        self._conversation = Conversation(sock)
         self._begin: Pending | None = None  # begin() was sent, its answer not yet read
         self._shared_info_mfn = 0
         self._frame_order: int | None = None
@@ -143,22 +121,7 @@ class Domctl:
 
     def _post(self, op: str, blob: bytes = b"", **arguments: Any) -> Pending:
         self._begun()
-        return self._send(op, blob, arguments)
-
-    def _send(self, op: str, blob: bytes, arguments: dict[str, Any]) -> Pending:
-        pending = Pending(self._receive)
-        self._pending.append(pending)  # first: a Ctrl-C may come behind the message
-        send_message(self._sock, {"op": op, **arguments}, blob)
-        return pending
-
-    def _receive(self, on_event: Callable[[str], None] | None) -> None:
-        """Read one message: an event, or the answer to what was asked first of all pending. Who
-        asked may wait no more, because of a Ctrl-C; then it is nobody's."""
-        message, blob = receive_message(self._sock)
-        if "event" not in message:
-            self._pending.popleft().answer = message, blob
-        elif on_event:
-            on_event(message["event"])
+        return self._conversation.ask(op, blob, arguments)
 
     # -- life ---
 
@@ -369,7 +332,7 @@ class Domctl:
             "xen_frames": self.populate(XEN_FRAMES).tolist(),
             "journal": self.journal,
         }
-        self._begin = self._send("begin", b"", arguments)
+        self._begin = self._conversation.ask("begin", b"", arguments)
 
     def wait_begun(self) -> None:
         """Raise what begin() came to, if nothing that was asked since has."""
