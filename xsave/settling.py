@@ -154,14 +154,16 @@ class Settler:
         self._require_shared_are_holes(frames, pages)
         pfns, rows = np.unique(frames, return_index=True)
         if self._p2m_ahead:  # and then they are there
-            other = (self._machine.mem[self._memory.p2m[pfns]] != pages[rows]).any(axis=1)
+            wanted = pages if np.array_equal(rows, np.arange(len(pages))) else pages[rows]
+            other = (self._machine.mem[self._memory.p2m[pfns]] != wanted).any(axis=1)
             pfns, rows = pfns[other], rows[other]
         self._machine.write_frames(self._memory.p2m[pfns], pages.view(np.uint8), rows)
 
     def _require_shared_are_holes(self, frames: np.ndarray, pages: np.ndarray) -> None:
         """One p2m page may stand for many ranges of pfns only where all are holes."""
         _, where, counts = np.unique(frames, return_inverse=True, return_counts=True)
-        wrong = np.flatnonzero((counts[where] > 1) & (pages != _INVALID).any(axis=1))
+        shared = np.flatnonzero(counts[where] > 1)
+        wrong = shared[(pages[shared] != _INVALID).any(axis=1)]
         if wrong.size:
             raise ImageError(
                 f"p2m page {wrong[0]} (pfn {frames[wrong[0]]:#x}) serves for others too",
