@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from xsave.errors import HostCannotTake
+from xsave.frames import TYPE_PIN
 from xsave.guest.xen.domctl import Domctl
 from xsave.guest.xen.machine import XEN_FRAMES
 from xsave.guest.xen.wire import error_message, receive_message, send_message
@@ -83,3 +84,14 @@ def test_answers_are_those_of_the_requests_in_their_order(ends):
     send_message(theirs, {"suspended_ns": 5})
     domctl.suspend(heard.append)
     assert (heard, domctl.suspended_ns) == (["frozen"], 5)
+
+
+def test_page_types_are_those_of_tables_in_use():
+    """Levels with the pin bit; a frame that nothing holds as a table is an ordinary page."""
+    machine = SimpleNamespace(
+        page_type=np.array([0, 1, 2, 4, 1, 3, 5, 7], np.uint8),
+        type_count=np.array([0, 1, 2, 3, 0, 0, 1, 1], np.uint32),
+        pinned=np.array([0, 0, 1, 1, 0, 1, 0, 1], np.uint8),
+    )
+    found = Domctl.page_types(SimpleNamespace(machine=machine), np.arange(8, dtype=np.uint64)[::-1])
+    assert found.tolist() == [0, 0, 0, 0, 4 | TYPE_PIN, 2 | TYPE_PIN, 1, 0]
