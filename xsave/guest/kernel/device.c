@@ -48,3 +48,15 @@ void dpm_resume(int cancelled)
 {
 	resume_from(dpm_list.next, cancelled);
 }
+
+void dpm_complete(void)
+{
+	struct list_head *at;
+
+	for (at = dpm_list.next; at != &dpm_list; at = at->next) {
+		struct device *dev = container_of(at, struct device, list);
+
+		if (dev->complete)
+			dev->complete();
+	}
+}

@@ -10,6 +10,7 @@
  *                           0: a new domain, with new frames, ports and a new shared_info
  *       xen_post_suspend    the mirror image, and each vCPU's vcpu_info in its place
  *     on_each_cpu(tick_resume), dpm_resume, thaw_processes
+ *     dpm_complete        what takes time and holds nobody up; Linux does it before the thaw
  *
  * freezer=off and stop_machine=off leave a step out, to show what it is good for.
  */
@@ -148,6 +149,8 @@ noinline void do_suspend(void)
 	dpm_resume(cancelled);
 	if (freezer)
 		thaw_processes();
-	if (!cancelled)
-		advertise_shutdown_features();
+	if (cancelled)
+		return;
+	dpm_complete();
+	advertise_shutdown_features();
 }

@@ -32,21 +32,33 @@ static u32 rsp_used(void)
 	return intf->rsp_prod - intf->rsp_cons;
 }
 
+static int room_for_more(void)
+{
+	if (!req_room())
+		notify_remote_via_evtchn(port);
+	return req_room();
+}
+
+/* A part of a request; xb_send() says that it is whole. */
 void xb_write(const void *data, u32 len)
 {
 	const char *src = data;
 	u32 prod, room;
 
 	while (len) {
-		wait_event(&xb_waitq, req_room());
+		wait_event(&xb_waitq, room_for_more());
 		prod = intf->req_prod;
 		room = min(req_room(), len);
 		for (len -= room; room; room--)
 			intf->req[prod++ % XENSTORE_RING_SIZE] = *src++;
 		wmb();
 		intf->req_prod = prod;
-		notify_remote_via_evtchn(port);
 	}
+}
+
+void xb_send(void)
+{
+	notify_remote_via_evtchn(port);
 }
 
 static void xb_read(void *data, u32 len)

@@ -15,6 +15,7 @@ struct xenbus_reply {
 };
 int xenbus_init(void);
 void xb_write(const void *data, u32 len);
+void xb_send(void);
 const struct xenbus_reply *xb_wait_reply(void);
 void xb_reply_done(void);
 void xb_suspend(void);
@@ -31,7 +32,7 @@ int xs_suspend(void);
 void xs_resume(void);
 void xs_suspend_cancel(void);
 
-extern struct device xenbus_device;	/* the three above */
+extern struct device xenbus_device;	/* these, and the watches anew */
 
 struct xenbus_watch {
 	const char *path;		/* also the token */

@@ -28,6 +28,7 @@ static int xs_talk(u32 type, u32 tx, const char *a, u32 a_len, const char *b, u3
 	xb_write(&msg, sizeof(msg));
 	xb_write(a, a_len);
 	xb_write(b, b_len);
+	xb_send();
 	reply = xb_wait_reply();
 	if (reply->type != type)
 		rc = xs_error(reply);
@@ -132,13 +133,19 @@ void xs_suspend_cancel(void)
 	mutex_unlock(&xs_lock);
 }
 
-/* Another xenstored: it knows of no watch of ours. */
+/* Another xenstored. */
 void xs_resume(void)
+{
+	xb_resume();
+	mutex_unlock(&xs_lock);
+}
+
+/* It knows of no watch of ours. What changed before it does is not lost: the first event of a watch
+ * comes with the watch. So nobody has to stand still meanwhile. */
+static void xs_complete(void)
 {
 	struct xenbus_watch *watch;
 
-	xb_resume();
-	mutex_unlock(&xs_lock);
 	for (watch = watches; watch; watch = watch->next)
 		xs_watch(watch->path);
 }
@@ -148,4 +155,5 @@ struct device xenbus_device = {
 	.suspend = xs_suspend,
 	.resume = xs_resume,
 	.cancel = xs_suspend_cancel,
+	.complete = xs_complete,
 };
