@@ -74,6 +74,9 @@ class Guest:
             msr_policy=b"", tsc=(0, 0, 0, 0), never_run=False,
         )  # fmt: skip
 
+    def ask_state(self):
+        return self.state
+
     def page_types(self, mfns):
         return self.types[mfns.astype(np.intp)]
 

@@ -177,13 +177,14 @@ class LiveWriter(Writer):
     def finish(self) -> Round:
         """The guest is suspended: send what is left of it. Raises GuestStateError."""
         started = time.monotonic()
-        state = self._domctl.state()
-        # Meanwhile nothing changes. The domain's process lists what is dirty while we look.
-        clean, ask_vcpus = self._log.ask_last(), self._domctl.ask_vcpus()
-        seen = self._look(state)
-        self._page_types = self._types()
-        dirty, vcpus = clean(), ask_vcpus()
+        # Nothing changes any more. The domain's process lists what is dirty while we look.
+        state, ask_vcpus = self._domctl.ask_state(), self._domctl.ask_vcpus()
+        clean = self._log.ask_last()
+        seen = self._look(state())
+        vcpus = ask_vcpus()
         contexts = self._contexts(vcpus)
+        self._page_types = self._types()
+        dirty = clean()
         start_info_pfn = contexts[0].user_regs.rdx
         self._grow(seen)
         self._note(dirty)

@@ -170,9 +170,7 @@ class _Taking:
         if step == Step.OFFER:
             self._journal.take(step)
         elif step in (Step.TAKE_OVER, Step.TAKE_OVER_EARLY):
-            domctl.attach_disks()  # the sender has given them up
-            domctl.rename(domctl.name.removesuffix(INCOMING_SUFFIX))
-            self._info = domctl.unpause()
+            self._info = domctl.take_over(domctl.name.removesuffix(INCOMING_SUFFIX))
         elif step == Step.COMPLETE:
             try:
                 domctl.wait_filled()

@@ -168,7 +168,6 @@ class Reader:
         assert self._settler is not None
         self._settler.run(self._state(self._memory))
         self.nr_pages = self._memory.nr_populated
-        self._domctl.commit()
         return self._domctl
 
     def _check_tail(self, decoder: StreamDecoder) -> None:

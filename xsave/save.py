@@ -194,8 +194,8 @@ class Writer:
     def _types(self) -> np.ndarray:
         """Return the pages' types, (n,) u8: XTAB where the p2m has no frame."""
         backed = self._p2m != _INVALID
-        types = np.full(self._p2m.size, PageType.XTAB, np.uint8)
-        types[backed] = self._domctl.page_types(self._p2m[backed])
+        types = self._domctl.page_types(np.where(backed, self._p2m, np.uint64(0)))
+        types[~backed] = PageType.XTAB
         return types
 
     def _write_pages(self, seen: Seen, start_info_pfn: int) -> None:

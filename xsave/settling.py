@@ -56,28 +56,32 @@ class Settler:
         return True
 
     def run(self, state: DomainState) -> None:
-        """All was read: finish the domain."""
+        """All was read: finish the domain and commit it.
+
+        The domain's process works off one thing while the next is got ready and asked for."""
         self._localiser.run()
         self._domctl.wait_begun()  # its errors are no fault of the page tables
         self._memory.give_back_pool()
-        with self._pinning():  # meanwhile:
+        set_state = self._domctl.ask_set_state(state)
+        with self._pinning():
             assert self._parts.p2m_frames is not None  # Reader.run saw to it
             self._memory.complete(self._parts.p2m_frames)
             self._write_shared_info()
             self._write_p2m()
             contexts = {vcpu_id: self._context(vcpu_id) for vcpu_id in sorted(self._parts.vcpus)}
-        self._memory.serve()
-        registers = contexts[0].user_regs
-        with self._start_info(registers.rdx):  # meanwhile:
-            registers.rdx, registers.rax = self._mfn(registers.rdx), 0
-            set_vcpus = {
-                vcpu_id: self._domctl.ask_set_vcpu(self._vcpu_state(vcpu_id, context))
-                for vcpu_id, context in contexts.items()
-            }
-            set_state = self._domctl.ask_set_state(state)
+            self._memory.serve()
+            registers = contexts[0].user_regs
+            with self._start_info(registers.rdx):
+                registers.rdx, registers.rax = self._mfn(registers.rdx), 0
+                set_vcpus = {
+                    vcpu_id: self._domctl.ask_set_vcpu(self._vcpu_state(vcpu_id, context))
+                    for vcpu_id, context in contexts.items()
+                }
+            committed = self._domctl.ask_commit()  # if nothing of this fails
         for vcpu_id, wait in set_vcpus.items():
             self._wait_for_vcpu(vcpu_id, wait)
         set_state()
+        committed()
 
     # -- page tables ---
 

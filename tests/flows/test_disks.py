@@ -25,7 +25,7 @@ from tests.flows.flow import (
     wait_for,
     wait_for_tick,
 )
-from xsave.errors import HostCannotTake, StorageError, SuspendFailed, UsageError
+from xsave.errors import GuestStateError, HostCannotTake, StorageError, SuspendFailed, UsageError
 from xsave.guest.xen.domctl import Domctl
 from xsave.host.channel import open_sink
 from xsave.host.disk.image import open_image
@@ -206,14 +206,15 @@ def test_a_failed_migration_brings_the_disk_back(host, disk, monkeypatch):
 
 
 def test_a_receiver_has_the_disk_when_it_says_so(host, disk, tmp_path):
-    """A domain that is to be handed over only looks at the file, and has it from attach_disks()
-    on; a missing one is an error at once."""
+    """A domain that is to be handed over only looks at the file, and has it when it takes over; a
+    missing one is an error at once."""
     disks = [parse(spec(disk)).to_json()]
     with spawn(host, "g") as domctl:
         domctl.begin(nr_vcpus=1, max_pages=256, disks=disks, disks_later=True)
         domctl.wait_begun()
         assert is_free(disk)
-        domctl.attach_disks()
+        with pytest.raises(GuestStateError, match="not complete"):  # there is nothing to run
+            domctl.take_over("i")
         assert not is_free(disk)
         domctl.abandon()
     assert is_free(disk)

@@ -11,7 +11,9 @@ import time
 import pytest
 
 from tests.flows.flow import create, destroy, nothing_is_left, processes, wait_for
+from xsave.errors import GuestStateError, HostCannotTake
 from xsave.host import operations
+from xsave.host.spawn import spawn
 
 #: Sends itself a signal before or behind one call of what spawn() does with sockets.
 KILLED = """
@@ -74,4 +76,21 @@ def test_interrupted_at_each_step(localhost, step, when):
     assert interrupted.stdout == ""
     assert interrupted.stderr.endswith("KeyboardInterrupt\n")
     assert localhost.records() == []
+    nothing_is_left(localhost)
+
+
+def test_what_failed_is_not_committed(localhost):
+    """Who makes a domain may ask for all of it at once: of a part that fails it hears twice, and
+    nothing is left when it goes."""
+    with spawn(localhost, "g") as domctl:
+        domctl.begin(nr_vcpus=1, max_pages=256)
+        rings = domctl.ask_connect_rings(1 << 40, 1 << 40)
+        committed = domctl.ask_commit()
+        with pytest.raises(HostCannotTake, match="xenstore ring lies outside"):
+            rings()
+        with pytest.raises(GuestStateError, match="not whole: the xenstore ring"):
+            committed()
+        with pytest.raises(GuestStateError, match="not complete"):
+            domctl.unpause()
+    wait_for(lambda: not processes(localhost))
     nothing_is_left(localhost)

@@ -44,6 +44,8 @@ class Building:
         self._running = running
         self.builder: Client | None = None
         self.committed = False
+        #: What a request of who builds it failed with, if one has.
+        self.failure = ""
         self.restored = False
         self._config = b""
         self._p2m_frames = b""
@@ -141,11 +143,6 @@ class Building:
         for node, value in nodes.items():
             domain.store.write(f"{domain.home}/{node}", value)
         self._running.disks.plug(domain, self._running.forget_code)
-
-    def op_disks(self, _request: Request) -> Answer:
-        """The disks a migration's source has given up."""
-        self._running.disks.open()
-        return {}, b""
 
     def op_build(self, request: Request) -> Answer:
         domain, arguments = self._unbuilt(), request.arguments
@@ -269,6 +266,8 @@ class Building:
 
     def op_commit(self, _request: Request) -> Answer:
         self._unbuilt()
+        if self.failure:
+            raise GuestStateError(f"the domain is not whole: {self.failure}")
         if self._running.filling.lost:
             raise StorageError(f"the guest's memory cannot be read: {self._running.filling.lost}")
         self.committed = True

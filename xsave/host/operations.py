@@ -137,11 +137,17 @@ class Operations:
                 raise UsageError(f"unknown request {request.op!r}")
             answer = handler(request)
         except XsaveError as e:
-            answer = (error_message(e), b"")
+            answer = self._failed(request, e)
         except (KeyError, TypeError, ValueError) as e:
-            answer = (error_message(UsageError(f"malformed {request.op} request: {e}")), b"")
+            answer = self._failed(request, UsageError(f"malformed {request.op} request: {e}"))
         if answer is not None:
             self._reply(request.client, *answer)
+
+    def _failed(self, request: Request, error: XsaveError) -> Answer:
+        """Who builds the domain may have asked for the next thing already."""
+        if request.client is self._building.builder and not self._building.committed:
+            self._building.failure = self._building.failure or str(error)
+        return error_message(error), b""
 
     def _handler(self, name: str) -> Callable[[Request], Answer | None] | None:
         places = (self, self._handover, self._building, self._dirtying)
@@ -284,8 +290,14 @@ class Operations:
             request.client.sock.setblocking(False)
             request.client.console = True
 
-    def op_rename(self, request: Request) -> Answer:
-        name = str(request.arguments["name"])
+    def op_takeover(self, request: Request) -> Answer:
+        """A migration's copy becomes the guest: the source has given up the disks, and its name
+        here is free."""
+        self._running.disks.open()
+        self._rename(str(request.arguments["name"]))
+        return self.op_unpause(request)
+
+    def _rename(self, name: str) -> None:
         host = hosts.Host(self._running.machine.directory)
         with host.registry_lock():
             if any(r.name == name for r in host.records()):
@@ -295,4 +307,3 @@ class Operations:
             write_record(self._running.directory, name=name, building=building)
         domain = self._domain
         domain.store.write(f"{domain.home}/name", name)
-        return {}, b""

@@ -92,8 +92,9 @@ class Door(Domctl):
     def suspend(self, on_stage: Callable[[str], None]) -> None:
         """It has suspended already: that is when this door is used."""
 
-    def commit(self) -> None:
+    def ask_commit(self) -> Callable[[], object]:
         self._building.committed = True
+        return lambda: None
 
     def info(self) -> DomainInfo:
         domain = self.xen.domain

@@ -149,6 +149,18 @@ class Domctl:
     def unpause(self) -> DomainInfo:
         """Let it run; return what it is from then on. resumed_ns is the guest's wall clock then."""
         message, _ = self._call("unpause")
+        return self._started(message)
+
+    def take_over(self, name: str) -> DomainInfo:
+        """Make the guest of a migration's copy: it opens the disks that begin() left to others,
+        gets this name, and runs; as unpause(). What fails leaves undone what comes behind it.
+
+        Raises StorageError, NameTaken."""
+        message, _ = self._call("takeover", name=name)
+        self.name = name
+        return self._started(message)
+
+    def _started(self, message: dict[str, Any]) -> DomainInfo:
         self.resumed_ns = int(message["resumed_ns"])
         return self._info(message)
 
@@ -190,11 +202,6 @@ class Domctl:
         be running. From here on only resume(), unpause() or destroy() decide."""
         self._call("hold", journal=self.journal)
 
-    def rename(self, name: str) -> None:
-        """Change the domain's name. Raises NameTaken."""
-        self._call("rename", name=name)
-        self.name = name
-
     def console_attach(self) -> socket.socket:
         """Turn this connection into the guest's console: a raw two-way byte stream."""
         self._call("console")
@@ -208,21 +215,30 @@ class Domctl:
     # -- state, for a save ---
 
     def state(self) -> DomainState:
-        message, blob = self._call("getstate")
-        config, cpuid, msrs, p2m = unpack_blobs(blob, 4)
-        return DomainState(
-            never_run=message["never_run"],
-            nr_vcpus=message["nr_vcpus"],
-            max_pages=message["max_pages"],
-            shared_info_mfn=message["shared_info_mfn"],
-            tsc=tuple(message["tsc"]),
-            config=config,
-            cpuid_policy=cpuid,
-            msr_policy=msrs,
-            p2m_frames=np.frombuffer(p2m, np.uint64) if p2m else None,
-            p2m_size=message["p2m_size"],
-            xen_version=tuple(message["xen_version"]),
-        )
+        return self.ask_state()()
+
+    def ask_state(self) -> Callable[[], DomainState]:
+        """state(), asked ahead."""
+        pending = self._post("getstate")
+
+        def answer() -> DomainState:
+            message, blob = pending.wait()
+            config, cpuid, msrs, p2m = unpack_blobs(blob, 4)
+            return DomainState(
+                never_run=message["never_run"],
+                nr_vcpus=message["nr_vcpus"],
+                max_pages=message["max_pages"],
+                shared_info_mfn=message["shared_info_mfn"],
+                tsc=tuple(message["tsc"]),
+                config=config,
+                cpuid_policy=cpuid,
+                msr_policy=msrs,
+                p2m_frames=np.frombuffer(p2m, np.uint64) if p2m else None,
+                p2m_size=message["p2m_size"],
+                xen_version=tuple(message["xen_version"]),
+            )
+
+        return answer
 
     def vcpus(self) -> list[VcpuState]:
         """Return the online vCPUs, ascending; registers as they are now."""
@@ -243,14 +259,16 @@ class Domctl:
         return answer
 
     def page_types(self, mfns: np.ndarray) -> np.ndarray:
-        """Return (n,) u8 libxc types (levels with the pin bit, NOTAB for all else)."""
-        machine, frames = self.machine, mfns.astype(np.int64)  # other indices cost twice as much
-        types: np.ndarray = machine.page_type.take(frames)
-        types[types > _TABLE_LEVELS] = 0
-        tables = np.flatnonzero(types)
+        """Return (n,) u8 libxc types (levels with the pin bit, NOTAB for all else) of u64 mfns."""
+        machine, frames = self.machine, mfns.view(np.int64)  # other indices cost twice as much
+        found = machine.page_type.take(frames)
+        tables = np.flatnonzero(found - np.uint8(1) < _TABLE_LEVELS)
         frames = frames[tables]
-        types[tables[machine.pinned[frames] != 0]] |= np.uint8(TYPE_PIN)
-        types[tables[machine.type_count[frames] == 0]] = 0
+        levels = found[tables]
+        levels[machine.pinned[frames] != 0] |= np.uint8(TYPE_PIN)
+        levels[machine.type_count[frames] == 0] = 0
+        types = np.zeros(mfns.size, np.uint8)
+        types[tables] = levels
         return types
 
     def owned(self, mfns: np.ndarray) -> np.ndarray:
@@ -306,7 +324,7 @@ class Domctl:
         with vCPUs offline to available_vcpus (all, if None).
 
         disks: as a libxl_domain_config has them; they are opened here, or, with disks_later, only
-        looked at: attach_disks() opens them. warm: there is time now for what the first run needs.
+        looked at: take_over() opens them. warm: there is time now for what the first run needs.
 
         The built-in kernel leaves no frame number behind, so its images are the same whatever
         frames it had. Linux does, in stacks and in pages that it uses no more: for two of its
@@ -419,10 +437,6 @@ class Domctl:
         (all that it may have, if None)."""
         self._call("build", kernel=kernel, ramdisk=ramdisk, cmdline=cmdline, nr_pages=nr_pages)
 
-    def attach_disks(self) -> None:
-        """Open the disks that begin() left to others. Raises StorageError."""
-        self._call("disks")
-
     def fill(self) -> None:
         """Have the pages brought that are outstanding as they are touched, by whoever; the rest
         follows after commit(). Raises HostCannotTake. The domain was given the image, and the
@@ -440,5 +454,10 @@ class Domctl:
         self._call("held", journal=self.journal)
 
     def commit(self) -> None:
-        """The domain is whole: it survives this connection, paused until unpaused."""
-        self._call("commit")
+        """The domain is whole: it survives this connection, paused until unpaused. Raises
+        GuestStateError if anything that was asked to make it failed."""
+        self.ask_commit()()
+
+    def ask_commit(self) -> Callable[[], object]:
+        """commit(), asked ahead: perhaps before it is known whether all went well."""
+        return self._post("commit").wait
