@@ -41,8 +41,7 @@ from xsave.host.handover.recovery import LOST, MIGRATED, recover, undecided
 from xsave.host.handover.sender import HandingOver
 from xsave.host.handover.table import SOURCE, Step
 from xsave.host.host import Host
-from xsave.host.receivers import Target, connect
-from xsave.host.ssh import SshHost
+from xsave.host.receivers import NO_POSTCOPY, Target, XlTarget, connect
 from xsave.host.transport import Channel, Receiver, measured_bandwidth
 from xsave.live import LiveWriter
 from xsave.postcopy import LeftOut
@@ -77,8 +76,8 @@ class Options:
         """Raise UsageError for what cannot be had together."""
         if not self.postcopy:
             return
-        if not isinstance(target, Host | SshHost):
-            raise UsageError(f"{target.name}: post-copy goes to another host, here or through ssh")
+        if isinstance(target, XlTarget):
+            raise UsageError(f"{target.name}: {NO_POSTCOPY}")
         for wrong, what in (
             (not self.live, "--no-live"),
             (self.nr_connections > 1, "--connections"),

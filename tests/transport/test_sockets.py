@@ -14,7 +14,7 @@ import pytest
 
 from tests.conftest import ROOT, Xsave
 from tests.flows.flow import MIB, create, nothing_is_left, runs_on, state, wait_for, wait_for_tick
-from tests.flows.live import Oracle, migrate_live
+from tests.flows.live import Oracle, migrate_live, moved, start
 from xsave import precopy
 from xsave.errors import StorageError, UsageError
 from xsave.host import handshake
@@ -86,6 +86,35 @@ def test_zstd(host, there, listening, monkeypatch):
     migrate_live(host, open_target(listening("tcp")[1]), compress_level=1)
     assert oracle.found.different == ()
     runs_on(there)
+
+
+@pytest.mark.parametrize("kind", ["tcp", "unix"])
+def test_postcopy(host, there, listening, kind):
+    """What a heavy writer wrote since the one round follows it, some of it because it asked; the
+    far end ends when all is there, and says so."""
+    start(host)
+    process, address = listening(kind)
+    result = migrate_live(host, open_target(address), postcopy=True, bandwidth=3 * MIB)
+    assert result.postcopy_pages > 500
+    assert result.postcopy_faults > 0
+    assert json.loads(process.stdout.readline())["name"] == "g"
+    assert process.wait(20) == 0
+    moved(host, there)
+
+
+def test_postcopy_whose_sender_dies(host, there, listening):
+    """The guest is lost, and the far end says so: 7, and its guest does nothing any more."""
+    start(host)
+    process, address = listening("tcp")
+    command = Xsave(there.directory.parents[1]).start(
+        "migrate", "g", "--to", address, "--postcopy", "--yes", "--bandwidth", "1M"
+    )
+    wait_for(lambda: state(there) == "running")
+    command.kill()
+    assert process.wait(60) == 7
+    assert "memory was lost" in process.stderr.read().decode()
+    assert state(there) == "crashed"
+    assert state(host) == "suspended"
 
 
 @pytest.mark.parametrize("kind", ["tcp", "unix"])
@@ -214,6 +243,18 @@ def test_zstd_is_nothing_for_a_real_xl(host, there, xsave_home, tmp_path):
     ):
         migrate_live(host, open_target(address), compress_level=1)
     runs_on(host)
+
+
+def test_postcopy_is_nothing_for_a_real_xl(host, there, xsave_home, tmp_path):
+    """Refused before a byte of the image is sent."""
+    create(host)
+    with (
+        like_xl(tmp_path, xsave_home) as address,
+        pytest.raises(UsageError, match="no post-copy"),
+    ):
+        migrate_live(host, open_target(address), postcopy=True)
+    runs_on(host)
+    nothing_is_left(there)
 
 
 # ---- xl:COMMAND

@@ -53,14 +53,14 @@ def migrate_receive(
     settings.stdout_is_data = listen is None
     mine = Part.parse(part) if part else None
     if postcopy and (mine or listen):
-        raise UsageError("--postcopy excludes --part and --listen")
+        raise UsageError("--postcopy excludes --part and --listen (there the sender says it)")
     if mine and mine.number:
         join(settings.open_host().directory, mine, sys.stdin.fileno())
         return
     chosen = {"cpu-mismatch": cpu_mismatch, "transaction": transaction or ""}
     with settings.prestart() as process:
         if postcopy:
-            answer = take_early(settings, process, chosen)
+            answer = take_early(settings, process, sys.stdout.fileno(), chosen)
         elif listen is None:
             answer = take_at_stdin(settings, process, mine, chosen)
         else:
@@ -103,9 +103,10 @@ def take(
 
 
 def take_early(
-    settings: Settings, process: WaitingProcess, chosen: dict[str, str]
+    settings: Settings, process: WaitingProcess, output: int, chosen: dict[str, str]
 ) -> dict[str, Any]:
-    """Take a domain from stdin that may run before all of its memory is here.
+    """Take a domain from stdin that may run before all of its memory is here; its sender hears at
+    the descriptor `output`.
 
     Raises HostCannotTake if this host cannot do that: before the sender has sent anything."""
     from xsave.host.filling import require_faults
@@ -113,9 +114,8 @@ def take_early(
 
     host = settings.open_host()
     require_faults(host.machine)
-    incoming, outgoing = sys.stdin.fileno(), sys.stdout.fileno()
-    with Postponed(incoming, outgoing, host.nr_frames) as postponed:
-        return take(settings, process, STDIO, outgoing, chosen, postponed)
+    with Postponed(sys.stdin.fileno(), output, host.nr_frames) as postponed:
+        return take(settings, process, STDIO, output, chosen, postponed)
 
 
 def take_at_stdin(
@@ -165,7 +165,10 @@ def take_at_socket(
             fds = [os.dup(one.fileno()) for one in socks]
             if len(fds) == 1:
                 os.dup2(fds.pop(), sys.stdin.fileno())
-            answer = take(settings, process, fds or STDIO, sock.fileno(), chosen)
+            if "postcopy" in options and not fds:
+                answer = take_early(settings, process, sock.fileno(), chosen)
+            else:
+                answer = take(settings, process, fds or STDIO, sock.fileno(), chosen)
         except XsaveError as e:
             say_goodbye(sock, f"{console.ERROR_PREFIX}{e}")
             raise

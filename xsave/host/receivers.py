@@ -33,6 +33,7 @@ _MAX_SAID_BYTES = 1 << 16
 XL_PREFIX = "xl:"
 _ONE_CONNECTION = "a real xl takes one connection: leave --connections out"
 _NO_ZSTD = "a real xl takes no zstd: leave --compress out"
+NO_POSTCOPY = "a real xl takes no post-copy: leave --postcopy out"
 
 
 @dataclass(frozen=True)
@@ -272,6 +273,8 @@ class SocketReceiver(Receiver):
             self.zeroes = False
             if self._parts:
                 raise UsageError(_ONE_CONNECTION)
+            if "postcopy" in self._options:
+                raise UsageError(NO_POSTCOPY)
             return
         self._answer(self._sock, self._parts[0] if self._parts else None)
         for part in self._parts[1:]:
