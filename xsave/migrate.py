@@ -148,16 +148,29 @@ def migrate(
     return result
 
 
-def estimate(domctl: Domctl, options: Options) -> DryRun:
-    """Say what a live migration would take, from a sample; the guest runs and nothing moves."""
+def estimate(domctl: Domctl, target: Target, options: Options) -> DryRun:
+    """Say what a live migration would take, from a sample; the guest runs and nothing moves.
+
+    The bandwidth is what gets to the target now, that of a pipe here if it is a real xl, or what
+    the options allow. Raises StorageError, UsageError."""
+    bandwidth = min(_bandwidth(target), options.bandwidth or float("inf"))
     log = domctl.log_dirty(options.dirty_log)
-    bandwidth = min(measured_bandwidth(), options.bandwidth or float("inf"))
     writer = LiveWriter(domctl, lambda buffers: None, ignore, log, zeroes=True)
     try:
         return dry_run(domctl, writer, log.kind, bandwidth, options.limits)
     finally:
         with suppress(XsaveError):
             log.off()
+
+
+def _bandwidth(target: Target) -> float:
+    if isinstance(target, XlTarget):
+        return measured_bandwidth()
+    with connect(target, {"probe": ""}) as receiver:
+        try:
+            return receiver.bandwidth() or measured_bandwidth()
+        except StorageError as e:
+            raise StorageError(f"nothing gets there: {receiver.complaint() or e}") from e
 
 
 class Sender:

@@ -16,6 +16,7 @@ import pytest
 from tests.conftest import ROOT, Xsave
 from tests.flows.flow import MIB, create, nothing_is_left, runs_on, state, wait_for, wait_for_tick
 from tests.flows.live import migrate_live
+from tests.transport.sshd import far_command
 from xsave.host import receivers
 from xsave.host.host import Host
 from xsave.host.receivers import SshReceiver
@@ -83,6 +84,31 @@ def test_migrate_there_and_see_it(xsave, host, far):
     assert b"TICK" in xsave.ok("--host", "far", "console", "g", "--log").out
     xsave.ok("--host", "far", "destroy", "g")
     nothing_is_left(far)
+
+
+SLOW = """
+import os, time
+while data := os.read(0, 1 << 16):
+    time.sleep(len(data) / (2 << 20))
+    os.write(1, data)
+"""
+
+
+def test_dry_run(xsave, host, far, far_home, tmp_path):
+    """The bandwidth is that of the way there, on which one can be that takes 2 MiB a second."""
+    create(host)
+    (tmp_path / "slow.py").write_text(SLOW)
+    command = f"{sys.executable} {tmp_path}/slow.py | {far_command(far_home)}"
+    xsave.ok("host", "add", "slow", "--ssh", "far", "--command", command)
+    fast, slow = (
+        xsave.json("migrate", "g", "--to", there, "--dry-run")["bandwidth"]
+        for there in ("far", "slow")
+    )
+    assert fast > 4 << 20
+    assert 1 << 16 < slow <= 2 << 20
+    xsave.ok("host", "remove", "slow")
+    nothing_is_left(far)
+    runs_on(host)
 
 
 def test_an_image_through_ssh(xsave, host, far, tmp_path):

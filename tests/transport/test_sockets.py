@@ -88,6 +88,34 @@ def test_zstd(host, there, listening, monkeypatch):
     runs_on(there)
 
 
+def test_dry_run(host, there, listening, xsave_home):
+    """Bytes go there and are counted, the far end waits for the next one: that is a migration."""
+    create(host)
+    wait_for_tick(host)
+    process, address = listening("tcp")
+    xsave = Xsave(xsave_home)
+    for _ in range(2):
+        answer = xsave.json("migrate", "g", "--to", address, "--dry-run")
+        assert answer["bandwidth"] > 1 << 20
+    assert there.records() == []
+    migrate_live(host, open_target(address))
+    assert process.wait(20) == 0
+    moved(host, there)
+
+
+def test_dry_run_to_nobody(host, there, xsave_home, tmp_path):
+    """The target is asked: one that is not there is an error. What talks like a real xl is not
+    sent a byte."""
+    create(host)
+    xsave = Xsave(xsave_home)
+    failed = xsave("migrate", "g", "--to", f"unix:{tmp_path}/none", "--dry-run")
+    assert (failed.code, "cannot connect" in failed.err) == (7, True)
+    with like_xl(tmp_path, xsave_home) as address:
+        assert xsave.json("migrate", "g", "--to", address, "--dry-run")["bandwidth"] > 1 << 20
+    nothing_is_left(there)
+    runs_on(host)
+
+
 @pytest.mark.parametrize("kind", ["tcp", "unix"])
 def test_postcopy(host, there, listening, kind):
     """What a heavy writer wrote since the one round follows it, some of it because it asked; the

@@ -131,7 +131,7 @@ def migrate(settings: Settings, /, name: str | None, target: str | None, **optio
         warn(settings)
     with settings.find(name or only_domain(settings)) as domctl:
         if options["dry_run"]:
-            planned = verb.estimate(domctl, chosen)
+            planned = verb.estimate(domctl, destination, chosen)
             answer = {"name": domctl.name, "host": target, **asdict(planned)}
             say_estimate(settings, as_json, answer, planned)
             return

@@ -6,7 +6,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +15,7 @@ import click
 from xsave import console
 from xsave.commands.common import Settings, json_option, pass_settings
 from xsave.commands.flows import STDIO, cpu_mismatch_option, domain_maker
-from xsave.errors import StorageError, UsageError, XsaveError
+from xsave.errors import ConnectionLost, StorageError, UsageError, XsaveError
 
 if TYPE_CHECKING:
     from socket import socket
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 @click.option("--part", metavar="ID/NUMBER/COUNT", help="Be one of several connections.")
 @click.option("--transaction", metavar="ID", help="The migration's id (default: a new one).")
 @click.option("--postcopy", is_flag=True, help="A part of the memory may follow the guest.")
+@click.option("--probe", is_flag=True, help="Take nothing: count what comes, for --dry-run.")
 @cpu_mismatch_option
 @json_option
 @pass_settings
@@ -44,14 +45,22 @@ def migrate_receive(
     part: str | None,
     transaction: str | None,
     postcopy: bool,
+    probe: bool,
     cpu_mismatch: str,
     as_json: bool,
 ) -> None:
     """The far end of a migration: a stream on stdin, answers on stdout."""
+    from xsave.host.counting import count
     from xsave.host.striping import Part, join
 
     settings.stdout_is_data = listen is None
     mine = Part.parse(part) if part else None
+    if probe and (mine or listen or postcopy):
+        raise UsageError("--probe excludes --part, --listen and --postcopy")
+    if probe:
+        settings.open_host()  # or say that there is none
+        count(sys.stdin.fileno(), sys.stdout.fileno())
+        return
     if postcopy and (mine or listen):
         raise UsageError("--postcopy excludes --part and --listen (there the sender says it)")
     if mine and mine.number:
@@ -151,13 +160,13 @@ def listening(settings: Settings, listen: str, as_json: bool) -> Iterator[Listen
 def take_at_socket(
     settings: Settings, process: WaitingProcess, listener: Listener, chosen: dict[str, str]
 ) -> dict[str, Any]:
-    """Take a domain from the first one who connects; the sender hears there how that ended."""
+    """Take a domain from the first one who connects and does not only want to see how fast that
+    is; the sender hears there how that ended."""
     from xsave.host.address import say_goodbye
-    from xsave.host.handshake import welcome
 
     with ExitStack() as stack:
-        sock = stack.enter_context(listener.accept())
-        options = welcome(sock.fileno())
+        sock, options = accept_sender(listener)
+        stack.enter_context(sock)
         chosen |= {key: value for key, value in options.items() if key in chosen}
         try:
             socks = [sock, *others_of(options.get("part"), listener, stack.enter_context)]
@@ -174,6 +183,25 @@ def take_at_socket(
             raise
         say_goodbye(sock, json.dumps(answer))
         return answer
+
+
+def accept_sender(listener: Listener) -> tuple[socket, dict[str, str]]:
+    """Return the connection of one who has a domain, and its options."""
+    from xsave.host.counting import count
+    from xsave.host.handshake import welcome
+
+    while True:
+        sock = listener.accept()
+        try:
+            options = welcome(sock.fileno())
+            if "probe" not in options:
+                return sock, options
+            with suppress(ConnectionLost):
+                count(sock.fileno(), sock.fileno())
+        except BaseException:
+            sock.close()
+            raise
+        sock.close()
 
 
 def others_of(

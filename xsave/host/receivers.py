@@ -298,6 +298,9 @@ class SocketReceiver(Receiver):
         self._compresses = compress_level is not None
         return super().channel(compress_level, bandwidth)
 
+    def bandwidth(self) -> float | None:
+        return super().bandwidth() if self.zeroes else None
+
     def greet(self) -> None:
         if self.zeroes:
             super().greet()

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any, Self
 
 from xsave.errors import ConnectionLost, StorageError
-from xsave.host import handshake
+from xsave.host import counting, handshake
 from xsave.host.pacing import PacedSink
 from xsave.host.sink import DescriptorSink, Sink
 from xsave.host.striping import StripingSink
@@ -126,9 +126,16 @@ class Receiver:
         """Wait until it is there. Raises ConnectionLost, StorageError."""
         self.expect_banner(handshake.receive_line(self.output, "its banner", self.banner_timeout_s))
 
-    def expect_banner(self, line: bytes) -> None:
+    def bandwidth(self) -> float | None:
+        """Return how many bytes a second get to one that counts (a `probe`), None if this kind
+        does not count. Raises StorageError."""
+        line = handshake.receive_line(self.output, "its greeting", self.banner_timeout_s)
+        self.expect_banner(line, counting.COUNTING)
+        return counting.measure(self.channel(None, None), self.output)
+
+    def expect_banner(self, line: bytes, banner: bytes = handshake.BANNER) -> None:
         """Raise StorageError unless this is the banner."""
-        if line != handshake.BANNER:
+        if line != banner:
             self._strange = True
             raise StorageError(
                 f"the other end: expected its banner, found {line[:100]!r} (nothing there, such as "
