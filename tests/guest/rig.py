@@ -40,6 +40,10 @@ FULL = PTE_PRESENT | PTE_RW | PTE_USER | PTE_ACCESSED | PTE_DIRTY
 READ_ONLY = FULL & ~PTE_RW
 VA = 0x40_0000
 HANDLERS = 2  # the page of a Guest's trap handlers
+#: iret_to_self(): push ss; push rsp, as it was; pushfq; push cs; push the address behind; iretq.
+RETURN_TO_SELF = (
+    b"\x8c\xd0\x50\x54\x48\x83\x04\x24\x08\x9c\x8c\xc8\x50\x48\x8d\x05\x03\x00\x00\x00\x50\x48\xcf"
+)
 KERNEL_ELF = Path(__file__).parents[2] / "xsave" / "guest" / "kernel" / "xsave-guest.elf"
 SHARED_MEMORY = Path("/dev/shm")
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.guest.rig import FULL, MIB, READ_ONLY, Guest, remove
+from tests.guest.rig import FULL, MIB, READ_ONLY, RETURN_TO_SELF, Guest, remove
 from tests.guest.test_cpufeatures import EXTENDED_D as RDTSCP
 from tests.guest.test_cpufeatures import policy
 from xsave.guest.xen import cpuregs
@@ -95,6 +95,19 @@ def test_descriptors_are_read_from_the_guests_gdt(guest):
     assert guest.run(load, rax=0x13) == guest.va(0, 2)
     guest.vcpu.read_registers(guest.hv.cpu)
     assert guest.vcpu.context.user_regs.ds == 0x13
+
+
+def test_selectors_of_an_image_outlive_a_return_to_the_kernel_itself(guest):
+    """An iretq empties segments that it could not have loaded, and no other."""
+    names = ("ds", "es", "fs", "gs")
+    for name in names:
+        setattr(guest.vcpu.context.user_regs, name, 0x2B)
+    guest.vcpu.context.fs_base, guest.vcpu.context.gs_base_kernel = 0x1111, 0x2222
+    assert guest.run(RETURN_TO_SELF, rsp=guest.va(9)) == guest.va(0, len(RETURN_TO_SELF))
+    guest.vcpu.read_registers(guest.hv.cpu)
+    context = guest.vcpu.context
+    assert [getattr(context.user_regs, name) for name in names] == [0x2B] * 4
+    assert (context.fs_base, context.gs_base_kernel) == (0x1111, 0x2222)
 
 
 def test_xens_mappings_are_not_the_guests(guest):

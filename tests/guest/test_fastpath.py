@@ -20,7 +20,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.guest.rig import FULL, MIB, READ_ONLY, Guest, Machines
+from tests.guest.rig import FULL, MIB, READ_ONLY, RETURN_TO_SELF, Guest, Machines
 from xsave.frames import (
     PAGE_SHIFT,
     PAGE_SIZE,
@@ -585,6 +585,25 @@ def test_the_segment_of_a_selector(twins, selector, entries):
         twins.do(change)
         assert twins.nr_quick() - before == (selector & 4 == 0 and selector < 0xE000)
         assert twins.guests[0].vcpu.context.gs_base_user != 7
+
+
+@pytest.mark.parametrize("selector", [0, 0x2B])
+def test_a_kernel_that_returns_to_itself_keeps_its_base(twins, selector):
+    """Linux does that with an iretq of the CPU's own, for another processor that has changed code,
+    and whatever program it has interrupted: with the selector of a 32-bit one, too."""
+
+    def change(guest: Guest) -> None:
+        mfns = guest.unmap(20)
+        guest.machine.mem[mfns, 5] = 0x00CFF3000000FFFF
+        assert guest.domain.set_gdt(guest.vcpu, mfns, 512) == 0
+        hypercall(0)(guest)  # what was mapped is forgotten
+        hypercall(SET_SEGMENT_BASE, 3, selector)(guest)
+        guest.hv.q[GS_BASE] = 0x1111
+        assert guest.run(RETURN_TO_SELF, rsp=guest.va(9)) == guest.va(0, len(RETURN_TO_SELF))
+        assert (guest.hv.q[GS_SEL] & 0xFFFF, guest.hv.q[GS_BASE]) == (selector, 0x1111)
+        assert guest.domain.set_gdt(guest.vcpu, [], 0) == 0
+
+    twins.do(change)
 
 
 def test_a_mapping_that_is_gone_with_the_address_space_faults(twins):

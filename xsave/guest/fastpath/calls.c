@@ -59,6 +59,7 @@ static int load_user_gs(struct fastpath *f, uint64_t selector)
 	if (!(descriptor & DESCRIPTOR_PRESENT))
 		selector = descriptor = 0;
 	q[GS_SEL] = (q[GS_SEL] & ~0xffffULL) | selector;
+	q[GS_SEL + LIMIT_AND_FLAGS] = FLAT_RING3_DATA;
 	control[GS_BASE_USER] = (descriptor >> 16 & 0xffffff) | (descriptor >> 32 & 0xff000000);
 	return 1;
 }

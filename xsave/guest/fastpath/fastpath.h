@@ -20,6 +20,9 @@
 enum page_type { PGT_NONE, PGT_L1, PGT_L2, PGT_L3, PGT_L4, PGT_WRITABLE, PGT_SEG_DESC, PGT_XEN };
 enum { RAX, RCX, RDX, RBX, RSP, RBP, RSI, RDI, R8, R9, R10, R11, RIP = 16, HFLAGS = 44, CR3 = 56 };
 enum { CS_SEL = 26, CS_BASE, SS_SEL = 29, FS_BASE = 36, GS_SEL = 38, GS_BASE };
+/* Of a segment, in words behind its selector (cpuregs.py). */
+#define LIMIT_AND_FLAGS 2
+#define FLAT_RING3_DATA 0x00cff300ffffffffULL
 #define CODE64 (1U << 15)
 #define LONG_MODE (CODE64 | 1U << 4 | 1U << 5)
 

@@ -24,6 +24,10 @@ ES_SEL, CS_SEL, SS_SEL, DS_SEL, FS_SEL, GS_SEL = ((184 + 24 * i) >> 3 for i in r
 FS_BASE = FS_SEL + 1
 GS_BASE = GS_SEL + 1
 ES_BASE, CS_BASE, SS_BASE, DS_BASE = ES_SEL + 1, CS_SEL + 1, SS_SEL + 1, DS_SEL + 1
+#: Behind the base: limit and, in the upper half, the flags of the descriptor. An iretq empties data
+#: segments (their bases too) whose privilege is less than that of who executes it, which is 3.
+LIMIT_AND_FLAGS = 2
+FLAT_RING3_DATA = 0x00CF_F300_FFFF_FFFF
 CR2 = 440 >> 3
 CR3 = 448 >> 3
 #: A u32 among the state's `d` words: what the translator must know of the mode.

@@ -12,7 +12,20 @@ from typing import Any
 
 from xsave.guest.xen import guestmem
 from xsave.guest.xen.context import RFLAGS_IF, Vcpu
-from xsave.guest.xen.cpuregs import CR3, CS_SEL, GS_BASE, GS_SEL, R11, RAX, RCX, RIP, RSP, SS_SEL
+from xsave.guest.xen.cpuregs import (
+    CR3,
+    CS_SEL,
+    FLAT_RING3_DATA,
+    GS_BASE,
+    GS_SEL,
+    LIMIT_AND_FLAGS,
+    R11,
+    RAX,
+    RCX,
+    RIP,
+    RSP,
+    SS_SEL,
+)
 from xsave.guest.xen.domain import RESERVED_DESCRIPTORS, RESERVED_GDT_PAGE, Domain
 from xsave.guest.xen.guestmem import GuestFault
 from xsave.guest.xen.vcpu import FLAT_RING3_CS64, FLAT_RING3_SS64, Cpu, segment_base
@@ -117,6 +130,7 @@ class GuestCpu:
         if not descriptor:
             selector = 0
         self.q[GS_SEL] = self.q[GS_SEL] & ~0xFFFF | selector
+        self.q[GS_SEL + LIMIT_AND_FLAGS] = FLAT_RING3_DATA
         self.vcpu.context.gs_base_user = segment_base(descriptor)
 
     # -- into the kernel ---

@@ -472,10 +472,12 @@ class Cpu:
         self._uc.reg_write(x86.UC_X86_REG_LDTR, (0, base, max(8 * entries - 1, 0), 0))
 
     def load_segment(self, name: str, selector: int) -> None:
-        """Set a data segment's visible selector (its base is never used in 64-bit mode)."""
+        """Set a data segment's visible selector, as loaded from a descriptor that any code may use
+        (its base is never used in 64-bit mode)."""
         index = {"es": cpuregs.ES_SEL, "ds": cpuregs.DS_SEL, "fs": cpuregs.FS_SEL,
                  "gs": cpuregs.GS_SEL}[name]  # fmt: skip
         self.q[index] = (self.q[index] & ~0xFFFF) | selector
+        self.q[index + cpuregs.LIMIT_AND_FLAGS] = cpuregs.FLAT_RING3_DATA
 
     def fxsave(self) -> bytes:
         """Return the FPU and SSE state as a 512-byte FXSAVE area."""
