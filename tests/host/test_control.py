@@ -10,7 +10,7 @@ import pytest
 
 from tests.flows.flow import wait_for
 from xsave.guest.xen.wire import receive_message, send_message
-from xsave.host.control import Control, Ticker
+from xsave.host.control import Client, Control, Ticker
 from xsave.host.operations import Operations
 
 
@@ -72,6 +72,27 @@ def test_output_that_nobody_watches_wakes_nobody(control):
     control.console_output(b"heard")
     assert sock.recv(100) == b"heard"
     assert woken
+
+
+def test_who_types_and_goes_is_heard():
+    """Output that nobody takes any more, in the instant in between, is not the end of it."""
+    ours, theirs = socket.socketpair()
+    ours.setblocking(False)
+    control, typed = Control(socket.socket()), []
+    control.on_input = lambda data: typed.append(data) or True
+    client = Client(ours, console=True, typing=True)
+    control._clients.append(client)
+    control._watch(client)
+    theirs.sendall(b"ls\n")
+    theirs.close()
+    control.console_output(b"TICK\n")
+    control._distribute()
+    while not control.has_requests():
+        for key, events in control._selector.select(10):
+            control._serve_client(key.data, events)
+    assert typed == [b"ls\n"]
+    assert control.next_request().op == "closed"
+    assert control._clients == []
 
 
 def test_a_paste_of_any_size(control):

@@ -192,9 +192,9 @@ class Control:
                 del client.outbox[: client.sock.send(client.outbox)]
         except BlockingIOError:
             pass
-        except OSError:
-            self._drop(client)
-            return
+        except OSError:  # who typed something and went is heard all the same, up to the end
+            client.console = False
+            client.outbox.clear()
         self._watch(client)
 
     def _watch(self, client: Client) -> None:
