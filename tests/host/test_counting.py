@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from xsave.errors import StorageError
+from xsave.errors import ConnectionLost, StorageError
 from xsave.host import counting, handshake
 from xsave.host.transport import Channel
 
@@ -73,6 +73,13 @@ def test_it_is_what_arrives_that_counts(wire):
     assert rate / 20 < measured(wire) <= rate
     os.close(wire[0])
     wire[0] = None
+
+
+def test_who_sends_nothing_is_not_waited_for(wire, monkeypatch):
+    """There may be others."""
+    monkeypatch.setattr(counting, "_SILENCE_S", 0.05)
+    with pytest.raises(ConnectionLost, match="has sent nothing"):
+        counting.count(wire[1], wire[2])
 
 
 def test_the_far_end_goes(wire):

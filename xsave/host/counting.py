@@ -11,9 +11,11 @@ from __future__ import annotations
 
 import contextlib
 import os
+import select
 import time
 from typing import TYPE_CHECKING
 
+from xsave.errors import ConnectionLost
 from xsave.host import handshake
 
 if TYPE_CHECKING:
@@ -25,6 +27,8 @@ _LONGEST_S, _MOST_PIECES = 0.5, 1024
 #: From the last byte sent to the last one counted: a slow link has a lot on its way.
 _ANSWER_TIMEOUT_S = 60.0
 _COUNTED = b"+"
+#: Who listens at a socket has others to wait for.
+_SILENCE_S = 60.0
 
 
 def count(incoming: int, outgoing: int) -> None:
@@ -32,10 +36,16 @@ def count(incoming: int, outgoing: int) -> None:
     handshake.send(outgoing, COUNTING, "the greeting")
     buffer, so_far = bytearray(PIECE_BYTES), 0
     with contextlib.suppress(ConnectionResetError):
-        while nr := os.readv(incoming, [buffer]):
+        while nr := _read(incoming, buffer):
             so_far += nr
             handshake.send(outgoing, _COUNTED * (so_far // PIECE_BYTES), "the count")
             so_far %= PIECE_BYTES
+
+
+def _read(fd: int, buffer: bytearray) -> int:
+    if not select.select([fd], [], [], _SILENCE_S)[0]:
+        raise ConnectionLost(f"the other end has sent nothing for {_SILENCE_S:g} s")
+    return os.readv(fd, [buffer])
 
 
 def measure(channel: Channel, output: int) -> float:
