@@ -17,7 +17,7 @@ from xsave.frames import INVALID_M2P_ENTRY
 from xsave.guest.xen.cpuregs import CR3
 from xsave.guest.xen.hypervisor import Hypervisor
 from xsave.guest.xen.machine import DOMID_FREE, M2P_FIRST_FRAME
-from xsave.guest.xen.pagetable import PGT_L1, PGT_L4, PGT_WRITABLE, PGT_XEN
+from xsave.guest.xen.pagetypes import PGT_L1, PGT_L4, PGT_WRITABLE, PGT_XEN
 
 ATTACKER, VICTIM = 1, 2
 BASE = 0xFFFF_FFFF_8000_0000

@@ -19,7 +19,7 @@ from xsave.frames import (
     PTE_RW,
     PTE_USER,
 )
-from xsave.guest.xen.pagetable import PGT_L1, PGT_L4, PGT_NONE, PGT_SEG_DESC, PGT_WRITABLE
+from xsave.guest.xen.pagetypes import PGT_L1, PGT_L4, PGT_NONE, PGT_SEG_DESC, PGT_WRITABLE
 
 XEN_SLOTS = range(256, 272)
 FRAME = 0x000F_FFFF_FFFF_F000

@@ -31,7 +31,7 @@ from xsave.guest.xen.domain import Domain
 from xsave.guest.xen.hypercalls import table
 from xsave.guest.xen.hypervisor import Hypervisor
 from xsave.guest.xen.machine import Machine
-from xsave.guest.xen.pagetable import PGT_L4
+from xsave.guest.xen.pagetypes import PGT_L4
 from xsave.guest.xen.time import VirtualClock
 from xsave.guest.xen.vcpu import FLAT_RING3_CS64
 

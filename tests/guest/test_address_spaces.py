@@ -13,7 +13,7 @@ from tests.guest.rig import FULL, HANDLERS, MIB, READ_ONLY, VA, Guest, Machines
 from xsave.frames import PAGE_SHIFT, PTE_PRESENT, PTE_RW
 from xsave.guest.xen import fastpath, tlb
 from xsave.guest.xen.fastpath import NR_CROSSINGS
-from xsave.guest.xen.pagetable import PGT_L4
+from xsave.guest.xen.pagetypes import PGT_L4
 from xsave.guest.xen.time import RealClock
 
 pytestmark = pytest.mark.skipif(fastpath.library() is None, reason="no library for this machine")

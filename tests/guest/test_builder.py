@@ -13,7 +13,7 @@ from tests.guest.rig import KERNEL_ELF, MIB, Guest, Machines, build_guest, make_
 from xsave.errors import HostCannotTake
 from xsave.frames import INVALID_M2P_ENTRY, PTE_NX
 from xsave.guest.xen import builder, elf
-from xsave.guest.xen.pagetable import PGT_L4, PGT_WRITABLE
+from xsave.guest.xen.pagetypes import PGT_L4, PGT_WRITABLE
 from xsave.guest.xen.vcpu import FLAT_RING3_CS64, FLAT_RING3_SS64
 from xsave.public import START_INFO_MAGIC, StartInfo
 

@@ -15,7 +15,7 @@ from xsave.guest.xen.domain import PERDOMAIN_VA, RESERVED_GDT_PAGE
 from xsave.guest.xen.hypercalls import memory
 from xsave.guest.xen.hypervisor import Hypervisor
 from xsave.guest.xen.machine import DOMID_FREE
-from xsave.guest.xen.pagetable import PGT_L1, PGT_SEG_DESC, PGT_WRITABLE, PGT_XEN
+from xsave.guest.xen.pagetypes import PGT_L1, PGT_SEG_DESC, PGT_WRITABLE, PGT_XEN
 from xsave.public import SHUTDOWN_CRASH
 
 CONSOLE, STORE = 5, 6

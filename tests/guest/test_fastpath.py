@@ -53,7 +53,7 @@ from xsave.guest.xen.cpuregs import (
 )
 from xsave.guest.xen.domain import RESERVED_GDT_PAGE
 from xsave.guest.xen.fastpath import NR_CROSSINGS
-from xsave.guest.xen.pagetable import PGT_L4
+from xsave.guest.xen.pagetypes import PGT_L4
 from xsave.guest.xen.time import RealClock
 
 SEGMENTS = (CS_SEL, CS_BASE, SS_SEL, FS_BASE, GS_SEL, GS_BASE)

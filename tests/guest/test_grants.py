@@ -10,7 +10,7 @@ import pytest
 from tests.guest.calling import ARGS, FAULT, OUT, REFUSED, UNKNOWN, call
 from tests.guest.frontend import FIRST_REF, READONLY, Frontend
 from xsave.guest.xen import grants
-from xsave.guest.xen.pagetable import PGT_L1, PGT_WRITABLE
+from xsave.guest.xen.pagetypes import PGT_L1, PGT_WRITABLE
 
 GNTTAB, MEMORY = 20, 12
 MAP, SETUP, QUERY, SET_VERSION, GET_VERSION = 0, 2, 6, 8, 10

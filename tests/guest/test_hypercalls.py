@@ -10,7 +10,7 @@ import pytest
 from tests.guest.calling import ARGS, FAULT, M2P, M64, OUT, REFUSED, UNKNOWN, call
 from tests.guest.pagetable_model import CODE
 from xsave.guest.xen.cpuregs import FS_BASE, GS_BASE
-from xsave.guest.xen.pagetable import PGT_SEG_DESC
+from xsave.guest.xen.pagetypes import PGT_SEG_DESC
 
 UPDATE_DESCRIPTOR = 10
 GATE = 0x0000_8E00_0000_1234

@@ -9,7 +9,7 @@ import pytest
 
 from tests.guest.rig import FULL, READ_ONLY
 from xsave.frames import PTE_PRESENT
-from xsave.guest.xen.pagetable import PGT_L1, PGT_L3, PGT_L4, PGT_SEG_DESC
+from xsave.guest.xen.pagetypes import PGT_L1, PGT_L3, PGT_L4, PGT_SEG_DESC
 
 SELF = 0x7FF0
 MMU_UPDATE, UPDATE_VA_MAPPING, MMUEXT_OP = 1, 14, 26

@@ -13,7 +13,7 @@ from tests.guest.test_user_space import CS32, DEC_SYSCALL, Process
 from xsave.guest.xen import cpuregs
 from xsave.guest.xen.adopt import adopt_context
 from xsave.guest.xen.cpuregs import RAX
-from xsave.guest.xen.pagetable import PGT_NONE, PGT_SEG_DESC
+from xsave.guest.xen.pagetypes import PGT_NONE, PGT_SEG_DESC
 
 LDT = 9  # the page of the guest's
 DATA, CODE32, CODE16, GATE = (

@@ -19,14 +19,8 @@ from hypothesis.stateful import (
 from tests.guest.pagetable_model import CODE, REFUSED, XEN_ENTRIES, Model, recount
 from tests.guest.rig import FULL, MIB, READ_ONLY, Machines
 from xsave.frames import PTE_GLOBAL, PTE_NX, PTE_PCD, PTE_PRESENT, PTE_PSE, PTE_USER
-from xsave.guest.xen.pagetable import (
-    PGT_L4,
-    PGT_NONE,
-    PGT_SEG_DESC,
-    PGT_WRITABLE,
-    PGT_XEN,
-    PageTables,
-)
+from xsave.guest.xen.pagetable import PageTables
+from xsave.guest.xen.pagetypes import PGT_L4, PGT_NONE, PGT_SEG_DESC, PGT_WRITABLE, PGT_XEN
 
 DOMID, OTHER = 1, 2
 #: What each frame of the small world is mostly used as; two of each level, four plain ones.

@@ -19,15 +19,8 @@ from xsave.frames import (
     PTE_USER,
 )
 from xsave.guest.xen.machine import DOMID_FREE, M2P_FIRST_FRAME
-from xsave.guest.xen.pagetable import (
-    PGT_L1,
-    PGT_L2,
-    PGT_L4,
-    PGT_SEG_DESC,
-    PGT_WRITABLE,
-    PGT_XEN,
-    PageTables,
-)
+from xsave.guest.xen.pagetable import PageTables
+from xsave.guest.xen.pagetypes import PGT_L1, PGT_L2, PGT_L4, PGT_SEG_DESC, PGT_WRITABLE, PGT_XEN
 
 DOMID = 1
 

@@ -14,7 +14,7 @@ from tests.guest.arena import mfn_of_page
 from tests.guest.pagetable_model import FRAME, XEN_SLOTS, recount
 from xsave.frames import INVALID_M2P_ENTRY
 from xsave.guest.xen.machine import DOMID_FREE
-from xsave.guest.xen.pagetable import PGT_L4, PGT_XEN
+from xsave.guest.xen.pagetypes import PGT_L4, PGT_XEN
 from xsave.host.operations import Operations
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from xsave.guest.xen.context import Vcpu
 from xsave.guest.xen.domain import Domain
 from xsave.guest.xen.ldt import is_valid
-from xsave.guest.xen.pagetable import PGT_L4
+from xsave.guest.xen.pagetypes import PGT_L4
 from xsave.public import VCPU_CONTEXT_BYTES_64, VGCF_IN_KERNEL
 
 _MAX_GDT_ENTRIES = 14 * 512

@@ -33,7 +33,7 @@ from xsave.frames import (
 )
 from xsave.guest.xen import elf
 from xsave.guest.xen.domain import Domain
-from xsave.guest.xen.pagetable import PGT_L4
+from xsave.guest.xen.pagetypes import PGT_L4
 from xsave.guest.xen.vcpu import FLAT_RING3_CS64, FLAT_RING3_SS64
 from xsave.public import SIF_MOD_START_PFN, START_INFO_MAGIC, StartInfo
 

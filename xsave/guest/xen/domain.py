@@ -31,7 +31,8 @@ from xsave.guest.xen.events import EventChannels, Port
 from xsave.guest.xen.grants import GrantTable
 from xsave.guest.xen.ldt import Ldts
 from xsave.guest.xen.machine import M2P_L3_FRAME, XEN_FRAMES, Machine
-from xsave.guest.xen.pagetable import PGT_SEG_DESC, PGT_WRITABLE, PGT_XEN, PageTables
+from xsave.guest.xen.pagetable import PageTables
+from xsave.guest.xen.pagetypes import PGT_SEG_DESC, PGT_WRITABLE, PGT_XEN
 from xsave.guest.xen.time import RealClock, scale
 from xsave.guest.xen.xenstore import Connection, XenStore, service_ring
 from xsave.public import SHUTDOWN_CRASH, SharedInfo, VcpuInfo

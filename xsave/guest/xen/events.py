@@ -12,7 +12,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from xsave.guest.xen.context import Vcpu
-from xsave.guest.xen.pagetable import PGT_WRITABLE, PageTables
+from xsave.guest.xen.pagetable import PageTables
+from xsave.guest.xen.pagetypes import PGT_WRITABLE
 from xsave.public import SharedInfo
 
 EVTCHNSTAT = {"closed": 0, "unbound": 1, "interdomain": 2, "pirq": 3, "virq": 4, "ipi": 5}

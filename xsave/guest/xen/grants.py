@@ -20,7 +20,8 @@ import numpy as np
 from xsave.errors import OutOfFrames
 from xsave.frames import PAGE_SHIFT
 from xsave.guest.xen.machine import Machine
-from xsave.guest.xen.pagetable import PGT_WRITABLE, PageTables
+from xsave.guest.xen.pagetable import PageTables
+from xsave.guest.xen.pagetypes import PGT_WRITABLE
 
 #: GNTST_*: the status codes of xen/include/public/grant_table.h.
 OKAY, GENERAL_ERROR, BAD_DOMAIN, BAD_GNTREF = 0, -1, -2, -3

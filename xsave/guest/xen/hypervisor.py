@@ -31,7 +31,7 @@ from xsave.guest.xen.domain import HYPERVISOR_VIRT_START, Domain
 from xsave.guest.xen.fastpath import KICKED, NEVER, NR_CROSSINGS, Fastpath, library
 from xsave.guest.xen.guestcpu import M64, GuestCpu
 from xsave.guest.xen.guestmem import GuestFault
-from xsave.guest.xen.pagetable import PGT_L1
+from xsave.guest.xen.pagetypes import PGT_L1
 from xsave.guest.xen.privop import emulate_privileged, emulate_rdtsc, fetch
 from xsave.guest.xen.ptwr import emulate_table_write
 from xsave.guest.xen.vcpu import CR4_OSXSAVE, FLAT_RING3_SS64, Cpu

@@ -13,7 +13,8 @@ from __future__ import annotations
 from xsave.frames import PAGE_SHIFT, PTE_ACCESSED, PTE_DIRTY, PTE_PRESENT, PTE_RW
 from xsave.guest.xen.context import Vcpu
 from xsave.guest.xen.guestmem import is_guest_address
-from xsave.guest.xen.pagetable import PGT_SEG_DESC, PageTables
+from xsave.guest.xen.pagetable import PageTables
+from xsave.guest.xen.pagetypes import PGT_SEG_DESC
 
 MAX_ENTRIES = 8192
 _PAGES = MAX_ENTRIES * 8 >> PAGE_SHIFT

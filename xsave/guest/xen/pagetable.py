@@ -26,43 +26,36 @@ import numpy as np
 from xsave.frames import (
     PAGE_SHIFT,
     PTE_FRAME_MASK,
-    PTE_GLOBAL,
-    PTE_PCD,
     PTE_PRESENT,
     PTE_PSE,
-    PTE_PWT,
     PTE_RW,
     PTE_USER,
     XEN_L4_SLOTS,
 )
+from xsave.guest.xen.l1tables import L1Tables
 from xsave.guest.xen.machine import Machine
+from xsave.guest.xen.pagetypes import (
+    DISALLOWED,
+    ONE,
+    PGT_DYING,
+    PGT_L1,
+    PGT_L2,
+    PGT_L4,
+    PGT_NONE,
+    PGT_SEG_DESC,
+    PGT_WRITABLE,
+    PGT_XEN,
+    targets_of,
+)
 from xsave.guest.xen.progress import ERESTART, Progress
 
-PGT_NONE = 0
-PGT_L1, PGT_L2, PGT_L3, PGT_L4 = 1, 2, 3, 4
-PGT_WRITABLE = 5
-PGT_SEG_DESC = 6
-PGT_XEN = 7  # Xen's own frames of a domain: no guest mapping at all
-PGT_DYING = 8  # a table nobody uses, whose entries still hold what they name
-
-#: Flags an entry may not have. L1: cache attributes need I/O capabilities a guest has not got.
-_DISALLOWED = {
-    PGT_L1: PTE_PWT | PTE_PCD | PTE_PSE,
-    PGT_L2: PTE_PSE | PTE_PWT | PTE_PCD | PTE_GLOBAL,
-    PGT_L3: PTE_PSE | PTE_PWT | PTE_PCD | PTE_GLOBAL,
-    PGT_L4: PTE_PSE | PTE_PWT | PTE_PCD | PTE_GLOBAL,
-}
 _AD = 0x60
 #: From so many on, forgetting everything is no dearer.
 _MAX_STALE_PAGES = 16
 #: So many entries are quicker looked at together than one by one.
 _MANY_ENTRIES = 8
 _EMPTY = bytes(1 << PAGE_SHIFT)
-#: What INVALID_MFN looks like in an entry.
-_NO_FRAME = PTE_FRAME_MASK >> PAGE_SHIFT
 _DESCRIPTOR_DPL = 3 << 45
-#: Of the counts' own dtype: ufunc.at is 15 times slower where it must convert.
-_ONE = np.uint32(1)
 
 
 def fix_descriptor(descriptor: int) -> int | None:
@@ -74,11 +67,6 @@ def fix_descriptor(descriptor: int) -> int | None:
     if descriptor >> 44 & 1:
         return descriptor | _DESCRIPTOR_DPL
     return None if descriptor >> 40 & 15 else descriptor
-
-
-def _targets(entries: np.ndarray) -> np.ndarray:
-    """Return the mfns that entries name, i64: indices of another type cost twice as much."""
-    return ((entries & np.uint64(PTE_FRAME_MASK)) >> np.uint64(PAGE_SHIFT)).view(np.int64)
 
 
 class PageTables:
@@ -106,6 +94,7 @@ class PageTables:
         self.stale_tlb = False
         self.stale_pages: list[int] = []
         self.progress = Progress()
+        self._l1s = L1Tables(machine, domid)
 
     @property
     def unflushed(self) -> bool:
@@ -156,7 +145,7 @@ class PageTables:
         if self.unflushed and want != PGT_WRITABLE:
             self.stale_tlb = True
         if PGT_L1 <= want <= PGT_L4:
-            rc = self._validate_l1(mfn) if want == PGT_L1 else self._validate_upper(mfn, want)
+            rc = self._l1s.validate(mfn) if want == PGT_L1 else self._validate_upper(mfn, want)
             if rc:
                 self.count[mfn] = 0
                 self.ptype[mfn] = PGT_NONE
@@ -178,7 +167,7 @@ class PageTables:
         was = self.ptype[mfn]
         self.ptype[mfn] = PGT_NONE
         if was == PGT_L1:
-            self._release_l1(mfn)
+            self._l1s.release(mfn)
         elif PGT_L2 <= was <= PGT_L4:
             self.ptype[mfn], self.count[mfn] = PGT_DYING, 1
             self.progress.dying.append((mfn, was))
@@ -219,61 +208,6 @@ class PageTables:
         """True if a request was done and left something to do before the guest goes on."""
         return bool(self.progress.dying)
 
-    def _validate_l1(self, mfns: int | np.ndarray) -> int:
-        """Take the references of all entries of one table, or of several at once; all or none."""
-        m = self.machine
-        rows = m.mem[mfns]
-        present = (rows & PTE_PRESENT) != 0
-        entries = rows[present]
-        if not entries.size:
-            return 0
-        targets = _targets(entries)
-        if rc := self._l1_refusal(entries, targets):
-            return rc
-        common = int(np.bitwise_and.reduce(entries))
-        writable = targets if common & PTE_RW else targets[(entries & PTE_RW) != 0]
-        np.add.at(m.type_count, writable, _ONE)
-        m.page_type[writable] = PGT_WRITABLE
-        np.add.at(m.refs, targets, _ONE)
-        if not common & PTE_USER:  # of a restored guest all have it
-            rows[present] = entries | np.uint64(PTE_USER)
-            m.mem[mfns] = rows
-        return 0
-
-    def _l1_refusal(self, entries: np.ndarray, targets: np.ndarray) -> int:
-        """Return why the first of these L1 entries (n,) that is wrong is so, 0 if all are right."""
-        m = self.machine
-        some = int(np.bitwise_or.reduce(entries))
-        if not some & _DISALLOWED[PGT_L1] and targets.max() < self.nr_frames:  # as good as always
-            types = m.page_type.take(targets)
-            busy = (types != PGT_WRITABLE) & (m.type_count.take(targets) != 0)
-            busy &= (entries & PTE_RW) != 0
-            busy |= types == PGT_XEN
-            busy |= m.owner.take(targets) != self.domid
-            if not busy.any():
-                return 0
-        flags = (entries & np.uint64(_DISALLOWED[PGT_L1])) != 0
-        beyond = targets >= self.nr_frames
-        if beyond.any():
-            targets = np.where(beyond, 0, targets)
-        strange = (m.owner[targets] != self.domid) | (m.page_type[targets] == PGT_XEN)
-        busy = (m.page_type[targets] != PGT_WRITABLE) & (m.type_count[targets] != 0)
-        busy &= (entries & PTE_RW) != 0
-        wrong = flags | beyond | strange | busy
-        if not wrong.any():
-            return 0
-        first = int(wrong.argmax())
-        if flags[first]:
-            return -errno.EINVAL
-        return self._no_page(int(entries[first] & np.uint64(PTE_FRAME_MASK)) >> PAGE_SHIFT)
-
-    def _no_page(self, mfn: int) -> int:
-        """The error of an L1 entry that names a frame it may not (get_page_from_l1e): no memory,
-        another's, or one that is used as something else."""
-        if mfn < self.nr_frames:
-            return -errno.EBUSY
-        return -errno.EINVAL if mfn == _NO_FRAME else -errno.EPERM
-
     def _hold_l1s(self, entries: list[int]) -> list[int]:
         """Validate the new L1 tables that entries of an L2 name, all at once, as many together
         are cheap; return those that got a reference so. If one is wrong nothing happens: it is
@@ -288,20 +222,10 @@ class PageTables:
         index = np.array(new, np.int64)
         m = self.machine
         m.page_type[index], m.type_count[index] = PGT_L1, 1
-        if self._validate_l1(index):
+        if self._l1s.validate(index):
             m.page_type[index], m.type_count[index] = PGT_NONE, 0
             return []
         return new
-
-    def _release_l1(self, mfn: int) -> None:
-        m = self.machine
-        entries = m.mem[mfn]
-        entries = entries[(entries & PTE_PRESENT) != 0]
-        targets = _targets(entries)
-        writable = targets[(entries & PTE_RW) != 0]
-        np.subtract.at(m.refs, targets, _ONE)
-        np.subtract.at(m.type_count, writable, _ONE)
-        m.page_type[writable[m.type_count[writable] == 0]] = PGT_NONE
 
     def _links(self, mfn: int, level: int) -> list[tuple[int, int]]:
         """Return (slot, entry) of the present entries that are the guest's own."""
@@ -348,15 +272,15 @@ class PageTables:
         if len(links) < _MANY_ENTRIES:
             return [], links
         slots, entries = np.array(links, np.uint64).T
-        targets, m = _targets(entries), self.machine
+        targets, m = targets_of(entries), self.machine
         inside = targets < self.nr_frames
         frames = np.where(inside, targets, 0)
-        used = inside & (entries & np.uint64(_DISALLOWED[level]) == 0)
+        used = inside & (entries & np.uint64(DISALLOWED[level]) == 0)
         used &= (m.owner[frames] == self.domid) & (m.page_type[frames] == level - 1)
         used &= m.type_count[frames] != 0
         frames = frames[used]
-        np.add.at(m.type_count, frames, _ONE)
-        np.add.at(m.refs, frames, _ONE)
+        np.add.at(m.type_count, frames, ONE)
+        np.add.at(m.refs, frames, ONE)
         m.mem[mfn, slots[used].view(np.int64)] = entries[used] | np.uint64(PTE_USER)
         return entries[used].tolist(), [links[i] for i in np.flatnonzero(~used)]
 
@@ -389,14 +313,14 @@ class PageTables:
 
     def _take(self, entry: int, level: int) -> int:
         """Take the references a present entry of a table of this level needs. 0 or -errno."""
-        if entry & _DISALLOWED[level]:
+        if entry & DISALLOWED[level]:
             return -errno.EINVAL
         target = (entry & PTE_FRAME_MASK) >> PAGE_SHIFT
         if level > PGT_L1:
             if rc := self.get_type(target, level - 1):
                 return rc
         elif not self.owned(target) or (entry & PTE_RW and self.get_type(target, PGT_WRITABLE)):
-            return self._no_page(target)
+            return self._l1s.no_page(target)
         self.refs[target] += 1
         return 0
 

@@ -9,7 +9,8 @@ from xsave.guest.xen.context import Vcpu
 from xsave.guest.xen.cpuregs import FS_BASE, GS_BASE
 from xsave.guest.xen.guestmem import is_canonical, is_guest_address
 from xsave.guest.xen.hypervisor import Hypervisor
-from xsave.guest.xen.pagetable import PGT_SEG_DESC, PGT_WRITABLE, fix_descriptor
+from xsave.guest.xen.pagetable import fix_descriptor
+from xsave.guest.xen.pagetypes import PGT_SEG_DESC, PGT_WRITABLE
 from xsave.guest.xen.vcpu import FLAT_RING3_CS64
 from xsave.public import VGCF_FAILSAFE_DISABLES_EVENTS, VGCF_SYSCALL_DISABLES_EVENTS
 

@@ -17,7 +17,7 @@ from xsave.guest.xen.context import Vcpu
 from xsave.guest.xen.guestmem import GuestFault
 from xsave.guest.xen.hypervisor import Hypervisor
 from xsave.guest.xen.ldt import is_valid
-from xsave.guest.xen.pagetable import PGT_L4, PGT_WRITABLE
+from xsave.guest.xen.pagetypes import PGT_L4, PGT_WRITABLE
 from xsave.guest.xen.progress import ERESTART
 
 _REQUEST, _OP = struct.Struct("<QQ"), struct.Struct("<I4xQQ")

@@ -10,7 +10,7 @@ from xsave.guest.xen.adopt import adopt_context
 from xsave.guest.xen.context import Vcpu
 from xsave.guest.xen.events import MAX_PORTS
 from xsave.guest.xen.hypervisor import Hypervisor
-from xsave.guest.xen.pagetable import PGT_L4, PGT_WRITABLE
+from xsave.guest.xen.pagetypes import PGT_L4, PGT_WRITABLE
 from xsave.guest.xen.progress import ERESTART
 from xsave.public import SHUTDOWN_NAMES, VcpuGuestContext, VcpuInfo
 
