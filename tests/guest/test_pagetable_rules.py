@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from tests.guest.pagetable_model import CODE, FORBIDDEN, REFUSED, XEN_ENTRIES
-from tests.guest.rig import FULL, READ_ONLY
+from tests.guest.rig import FULL, READ_ONLY, Guest
 from xsave.frames import (
+    PAGE_SHIFT,
     PTE_GLOBAL,
     PTE_PCD,
     PTE_PRESENT,
@@ -306,3 +307,31 @@ def test_the_l1_slot_of_an_address(tree):
         assert tree.l1_slot(l4, base ^ gone) == -1
     for xen in (256, 257, 271):
         assert tree.l1_slot(l4, 0xFFFF << 48 | xen << 39) == -1
+
+
+@pytest.mark.parametrize("wrong", ["nothing", "another's", "flags", "beyond"])
+def test_many_tables_in_use_at_once(guest, wrong):
+    """Entries that name tables in use are taken together; of one that is wrong among them nothing
+    is left, and what is right is given back to the last reference."""
+    tables, machine = guest.tables, guest.machine
+    other = Guest(machine, domid=2)
+    (l2,) = guest.unmap(9)
+    good = guest.l1 << PAGE_SHIFT | FULL & ~PTE_USER
+    bad = {
+        "nothing": good,
+        "another's": other.l1 << PAGE_SHIFT | FULL,
+        "flags": good | PTE_PWT,
+        "beyond": tables.nr_frames << PAGE_SHIFT | FULL,
+    }[wrong]
+    machine.mem[l2, 10:22] = good
+    machine.mem[l2, 15] = bad
+    before = machine.type_count.copy(), machine.refs.copy()
+    rc = tables.pin(l2, PGT_L2)
+    assert rc == (0 if wrong == "nothing" else -errno.EINVAL)
+    if rc == 0:
+        assert tables.count[guest.l1] == before[0][guest.l1] + 12
+        assert machine.refs[guest.l1] == before[1][guest.l1] + 12
+        assert (machine.mem[l2, 10:22] == good | PTE_USER).all()
+        assert tables.unpin(l2) == 0
+    assert (machine.type_count == before[0]).all()
+    assert (machine.refs == before[1]).all()
