@@ -50,7 +50,6 @@ def migrate_receive(
     as_json: bool,
 ) -> None:
     """The far end of a migration: a stream on stdin, answers on stdout."""
-    from xsave.host.counting import count
     from xsave.host.striping import Part, join
 
     settings.stdout_is_data = listen is None
@@ -58,6 +57,8 @@ def migrate_receive(
     if probe and (mine or listen or postcopy):
         raise UsageError("--probe excludes --part, --listen and --postcopy")
     if probe:
+        from xsave.host.counting import count
+
         settings.open_host()  # or say that there is none
         count(sys.stdin.fileno(), sys.stdout.fileno())
         return
