@@ -69,10 +69,11 @@ def test_it_is_what_arrives_that_counts(wire):
             slowly.so_far %= counting.PIECE_BYTES
 
     slowly.so_far = 0
-    far_end(wire, slowly)
+    thread = far_end(wire, slowly)
     assert rate / 20 < measured(wire) <= rate
     os.close(wire[0])
     wire[0] = None
+    thread.join(20)
 
 
 def test_who_sends_nothing_is_not_waited_for(wire, monkeypatch):
@@ -84,6 +85,7 @@ def test_who_sends_nothing_is_not_waited_for(wire, monkeypatch):
 
 def test_the_far_end_goes(wire):
     """An error, whatever was counted until then."""
-    far_end(wire, lambda incoming, outgoing: os.read(incoming, 1000))
+    thread = far_end(wire, lambda incoming, outgoing: os.read(incoming, 1000))
     with pytest.raises(StorageError):
         measured(wire)
+    thread.join(20)
