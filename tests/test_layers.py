@@ -18,6 +18,7 @@ LEAVES = {
     "xsave.public",
     "xsave.vectors",
     "xsave.behind",
+    "xsave.distinct",
     "xsave.filelock",
 }
 #: What the flows are made of.
@@ -65,8 +66,9 @@ LAYERS = {
     "xsave.postcopy": FLOW,
     "xsave.precopy": set(),
     "xsave.rounds": {"xsave.live", "xsave.precopy", "xsave.guest.xen.domctl"},
-    "xsave.live": FLOW | {"xsave.save", "xsave.p2m", "xsave.gathering", "xsave.guest.xen.logdirty"},
-    "xsave.save": FLOW | {"xsave.p2m", "xsave.gathering"},
+    "xsave.live": FLOW
+    | {"xsave.save", "xsave.p2m", "xsave.view", "xsave.gathering", "xsave.guest.xen.logdirty"},
+    "xsave.save": FLOW | {"xsave.p2m", "xsave.view", "xsave.gathering"},
     "xsave.gathering": FLOW,
     "xsave.restore": FLOW
     | {"xsave.guest.xen.cpuid", "xsave.p2m", "xsave.parts", "xsave.placing", "xsave.settling"}
@@ -79,7 +81,8 @@ LAYERS = {
     "xsave.settling": FLOW | {"xsave.parts", "xsave.placing", "xsave.localising"},
     "xsave.localising": FLOW | {"xsave.placing"},
     "xsave.p2m": {"xsave.canonical", "xsave.guest.xen.domctl"},
-    "xsave.compare": {"xsave.canonical", "xsave.p2m", "xsave.guest.xen.domctl"},
+    "xsave.view": {"xsave.p2m", "xsave.guest.xen.domctl"},
+    "xsave.compare": {"xsave.canonical", "xsave.p2m", "xsave.view", "xsave.guest.xen.domctl"},
     "xsave.canonical": {"xsave.guest.xen.pagetable"},
     "xsave.image": set(),
     "xsave.guest.xen": set(),

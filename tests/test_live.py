@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.test_gathering import as_bytes
-from xsave import live, save
+from xsave import live, view
 from xsave.canonical import canonicalise
 from xsave.errors import GuestStateError
 from xsave.frames import INVALID_P2M_ENTRY, PTE_PRESENT, PageType
@@ -20,7 +20,7 @@ from xsave.image.buffers import reader
 from xsave.image.pages import PageBatch
 from xsave.image.stream import StreamDecoder
 from xsave.live import LiveWriter
-from xsave.p2m import GuestP2m
+from xsave.p2m import Located
 from xsave.progress import ignore
 from xsave.public import VcpuGuestContext
 
@@ -31,35 +31,49 @@ _INVALID = np.uint64(INVALID_P2M_ENTRY)
 
 
 class Guest:
-    """A domctl with SIZE pfns; what is written is in `dirty`, by frame, as its log says."""
+    """A domctl with SIZE pfns; what is written, or has another pfn, owner or type than before, is
+    in `dirty`, by frame, as its log says."""
+
+    domid = 1
 
     def __init__(self, seed):
         self.rng = np.random.default_rng(seed)
         self.free = self.rng.permutation(np.arange(1, NR_FRAMES)).tolist()
-        self.p2m = np.full(SIZE, _INVALID)
-        m2p = np.full(NR_FRAMES, _INVALID)
+        m2p, owner = np.full(NR_FRAMES, _INVALID), np.zeros(NR_FRAMES, np.uint16)
         mem = np.zeros((NR_FRAMES, 512), np.uint64)
         self.machine = SimpleNamespace(
-            mem=mem, m2p=m2p, nr_frames=NR_FRAMES,
+            mem=mem, m2p=m2p, owner=owner, nr_frames=NR_FRAMES,
             resident=lambda mfns: np.ones(mfns.size, bool), pages=mem.view(np.uint8),
             let_go=lambda mfns: None,
         )  # fmt: skip
         self.types = np.zeros(NR_FRAMES, np.uint8)
         self.dirty = np.zeros(NR_FRAMES, bool)
-        for pfn in range(SIZE):
+        self.leaf = self.free[-1]
+        mem[self.leaf] = _INVALID
+        self.p2m = mem[self.leaf, :SIZE]
+        for pfn in (P2M_PAGE, *(pfn for pfn in range(SIZE) if pfn != P2M_PAGE)):
             self.give(pfn)
         self.types[int(self.p2m[ROOT])] = PageType.L4TAB_PINNED
 
     def give(self, pfn):
         """A fresh frame, all zero: nobody wrote to it."""
         mfn = self.free.pop()
-        self.p2m[pfn], self.machine.m2p[mfn] = mfn, pfn
-        self.machine.mem[mfn], self.types[mfn] = 0, PageType.NOTAB
+        if mfn != self.leaf:
+            self.machine.mem[mfn] = 0
+        self.p2m[pfn], self.machine.m2p[mfn], self.machine.owner[mfn] = mfn, pfn, self.domid
+        self.types[mfn] = PageType.NOTAB
+        self.dirty[[mfn, self.leaf]] = True
 
     def take(self, pfn):
         mfn = int(self.p2m[pfn])
         self.free.insert(0, mfn)
-        self.machine.m2p[mfn], self.p2m[pfn] = _INVALID, _INVALID
+        self.machine.m2p[mfn], self.p2m[pfn], self.machine.owner[mfn] = _INVALID, _INVALID, 0
+        self.dirty[[mfn, self.leaf]] = True
+
+    def use(self, mfn, kind):
+        """The hypervisor gives a frame another type."""
+        self.types[mfn] = kind
+        self.dirty[mfn] = True
 
     def write(self, pfn, entries):
         mfn = int(self.p2m[pfn])
@@ -89,9 +103,9 @@ class Guest:
         context.user_regs.rdx = int(self.p2m[START_INFO])
         return [VcpuState(0, bytes(context), b"", b"", b"")]
 
-    def find(self, *_):
-        frames, lists = np.array([P2M_PAGE], np.uint64), np.array([LIST_PAGE], np.uint64)
-        return GuestP2m(self.p2m.copy(), frames, lists)
+    def locate(self):
+        frame_of_lists = self.p2m[[LIST_PAGE]]
+        return Located(SIZE, np.array([self.leaf], np.uint64), frame_of_lists)
 
 
 class Log:
@@ -105,7 +119,7 @@ class Log:
 
     def clean(self):
         found, self.guest.dirty = self.guest.dirty, np.zeros(NR_FRAMES, bool)
-        return found
+        return np.flatnonzero(found)
 
     def ask_last(self):
         return self.clean
@@ -138,9 +152,9 @@ def act(guest, action, pfn):
         if action == "stale table":  # a frame that is nobody's: it does not resolve for now
             entries[20] = np.uint64(guest.free[-1] << 12 | PTE_PRESENT)
         guest.write(pfn, entries)
-        guest.types[mfn] = PageType.L1TAB
+        guest.use(mfn, PageType.L1TAB)
     elif action == "data" and backed:  # not a table any more, and nobody writes to it
-        guest.types[mfn] = PageType.NOTAB
+        guest.use(mfn, PageType.NOTAB)
 
 
 def settle(guest):
@@ -158,7 +172,7 @@ def settle(guest):
 def guest_p2m():
     """Let the writer find the stand-in's p2m."""
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(save.guest_p2m, "find", lambda domctl, *_: domctl.find())
+        patched.setattr(view.guest_p2m, "locate", lambda domctl, *_: domctl.locate())
         patched.setattr(live, "_LOOK_AGAIN_S", 0)
         yield
 
@@ -258,12 +272,12 @@ def test_a_p2m_that_is_being_changed(monkeypatch):
     """A p2m that cannot be read at one moment is looked at again; what never can is an error."""
     guest, failures = Guest(4), [GuestStateError("not now")] * 3
 
-    def find(domctl, *_):
+    def locate(domctl, *_):
         if failures:
             raise failures.pop()
-        return domctl.find()
+        return domctl.locate()
 
-    monkeypatch.setattr(save.guest_p2m, "find", find)
+    monkeypatch.setattr(view.guest_p2m, "locate", locate)
     assert set(migrate(guest, [[]], True)) == set(range(SIZE))
     failures += [GuestStateError("never")] * 100
     with pytest.raises(GuestStateError, match="never"):

@@ -103,20 +103,31 @@ def localise(tables: np.ndarray, p2m: np.ndarray) -> np.ndarray:
     return np.where(present, mfns, tables)
 
 
-def canonical_p2m(p2m: np.ndarray, per_page: int = 512) -> np.ndarray:
-    """Return the p2m's pages as an image holds them, (n, 512) u64: entry i is i, or invalid.
+def canonical_p2m(
+    p2m: np.ndarray, per_page: int = 512, rows: np.ndarray | None = None
+) -> np.ndarray:
+    """Return the p2m's pages, or these rows (n,) of them, as an image holds them, (n, 512) u64:
+    entry i is i, or invalid.
 
     Xen's own tools leave the sender's mfns in these pages and overwrite them on restore; with
     the identity in their place no mfn of the host gets into the image.
     """
-    pages = np.arange(-(-p2m.size // per_page) * per_page, dtype=np.uint64)
-    pages[: p2m.size][p2m == np.uint64(INVALID_P2M_ENTRY)] = INVALID_P2M_ENTRY
-    pages[p2m.size :] = INVALID_P2M_ENTRY
-    return pages.reshape(-1, per_page)
+    if rows is None:
+        rows = np.arange(-(-p2m.size // per_page))
+    pfns = rows[:, None] * per_page + np.arange(per_page)
+    holes = p2m.take(pfns, mode="clip") == np.uint64(INVALID_P2M_ENTRY)
+    holes |= pfns >= p2m.size
+    pages = pfns.astype(np.uint64)
+    pages[holes] = INVALID_P2M_ENTRY
+    return pages
 
 
-def local_p2m(p2m: np.ndarray, per_page: int = 512) -> np.ndarray:
-    """Return the p2m's pages as the guest finds them after a restore, (n, 512) u64."""
-    pages = np.full(-(-p2m.size // per_page) * per_page, INVALID_P2M_ENTRY, np.uint64)
-    pages[: p2m.size] = p2m
-    return pages.reshape(-1, per_page)
+def local_p2m(p2m: np.ndarray, per_page: int = 512, rows: np.ndarray | None = None) -> np.ndarray:
+    """Return the p2m's pages, or these rows (n,) of them, as the guest finds them after a restore,
+    (n, 512) u64."""
+    if rows is None:
+        rows = np.arange(-(-p2m.size // per_page))
+    pfns = rows[:, None] * per_page + np.arange(per_page)
+    pages = p2m.take(pfns, mode="clip")
+    pages[pfns >= p2m.size] = INVALID_P2M_ENTRY
+    return pages

@@ -18,6 +18,7 @@ from xsave.canonical import canonicalise, local_p2m, mfns_to_pfns
 from xsave.frames import INVALID_P2M_ENTRY, TYPE_LTAB_MASK, PageType, table_level
 from xsave.guest.xen.domctl import Domctl
 from xsave.public import SharedInfo, VcpuGuestContext
+from xsave.view import page_types
 
 BATCH = 1024
 _INVALID = np.uint64(INVALID_P2M_ENTRY)
@@ -96,9 +97,7 @@ def side(domctl: Domctl) -> Side:
     state = domctl.state()
     shared = SharedInfo.from_buffer_copy(domctl.machine.pages[state.shared_info_mfn].tobytes())
     found = guest_p2m.find(domctl, state, shared)
-    backed = found.p2m != _INVALID
-    types = np.full(found.p2m.size, PageType.XTAB, np.uint8)
-    types[backed] = domctl.page_types(found.p2m[backed])
+    types = page_types(domctl, found.p2m)
     context = VcpuGuestContext.from_buffer_copy(domctl.vcpus()[0].context)
     mfn = np.array([context.user_regs.rdx], np.uint64)
     start_info, known = mfns_to_pfns(mfn, domctl.machine.m2p, found.p2m)

@@ -8,9 +8,9 @@
 
 The stream is a live migration's as Xen's tools send it: pages come again, the last one counts, and
 the final ones are those of a save (save.py) of the suspended guest. A page table that names a frame
-which is not the guest's at that moment is XTAB for now, and due again. The types are read after
-the log was cleaned and compared with those that were sent: a table whose frame nobody wrote can
-still change its type, and then its bytes mean something else. Mirrors send_memory_live and
+which is not the guest's at that moment is XTAB for now, and due again. Frames and types are read
+after the log was cleaned and compared with those that were sent: a table whose frame nobody wrote
+can still change its type, and then its bytes mean something else. Mirrors send_memory_live and
 suspend_and_send_dirty of tools/libs/guest/xg_sr_save.c.
 """
 
@@ -21,18 +21,19 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from xsave.canonical import canonicalise
+from xsave.canonical import canonical_p2m, canonicalise
 from xsave.errors import GuestStateError
 from xsave.frames import INVALID_P2M_ENTRY, PAGE_SIZE, PageType
 from xsave.gathering import Gatherer, Patches
-from xsave.guest.xen.domctl import Domctl
+from xsave.guest.xen.domctl import DomainState, Domctl
 from xsave.guest.xen.logdirty import LogDirty
 from xsave.image import libxc, postcopy
 from xsave.image.buffers import Write
-from xsave.p2m import PER_PAGE
+from xsave.p2m import PER_PAGE, GuestP2m
 from xsave.progress import Report
 from xsave.public import StartInfo, VcpuGuestContext
 from xsave.save import Seen, Writer
+from xsave.view import View
 
 _INVALID = np.uint64(INVALID_P2M_ENTRY)
 _NEVER = np.uint8(0xFF)
@@ -84,51 +85,67 @@ class LiveWriter(Writer):
         super().__init__(domctl, write, report)
         self._log = log
         self._zeroes = zeroes
-        self._pending = np.zeros(0, bool)
+        self._view = View(domctl)
+        self._pending = self._unsent = np.zeros(0, bool)
+        self._sent_p2m, self._sent_types = np.zeros(0, np.uint64), np.zeros(0, np.uint8)
+        self._frames = np.empty(0, np.int64)  # of the p2m's pages, as the other end was told
+        self._rewritten = np.zeros(0, bool)  # of them: holes came or went since it was sent
         self._postcopy = postcopy
         #: With post-copy, once finished: the pfns that were left out, and their frames, (n,) i64.
         self.left_out = self.left_out_mfns = np.empty(0, np.int64)
 
     def begin(self) -> None:
         """Write what precedes the pages; all of them are pending then. Raises GuestStateError."""
-        seen = self._look_again()
-        self._log.clean()
-        size = self._p2m.size
+        seen = self._see(self._log.clean())
         self._write_head(seen)
         if self._postcopy:
             self._record(postcopy.PostcopyBegin())
-        self._seen, self._frames = seen, seen.found.frames.astype(np.intp)
-        self._sent_p2m = np.full(size, _INVALID)
-        self._sent_types = np.full(size, _NEVER, np.uint8)
-        self._unsent = np.ones(size, bool)
-        self._canonical = np.zeros(size, bool)  # p2m pages, sent as such
-        self._page_types = self._types()
-        self._pending = np.ones(size, bool)
 
     @property
     def pending_bytes(self) -> int:
         """Bytes of the pages that are due."""
-        with_data = self._pending & (self._page_types != PageType.XTAB)
+        with_data = self._pending & (self._view.types != PageType.XTAB)
         return int(np.count_nonzero(with_data)) * PAGE_SIZE
+
+    @property
+    def nr_tables(self) -> int:
+        """How many page tables there are."""
+        types = self._view.types
+        return int(np.count_nonzero((types != PageType.NOTAB) & (types < PageType.BROKEN)))
 
     def look(self) -> None:
         """Add to what is pending all that changed since the last look. Raises GuestStateError."""
-        dirty = self._log.clean()
-        seen = self._look_again()
-        self._page_types = self._types()
-        self._grow(seen)
-        self._note(dirty)
+        told = self._frames
+        self._tell_frames(told, self._see(self._log.clean()))
 
-    def _look_again(self) -> Seen:
+    def _tell_frames(self, told: np.ndarray, seen: Seen) -> None:
+        if self._frames is not told:
+            self._record(libxc.X86PvP2mFrames(0, self._p2m.size - 1, seen.found.frames))
+
+    def _see(self, dirty: np.ndarray) -> Seen:
         for _ in range(_LOOKS - 1):
             try:
-                return self._look()
+                return self._see_now(self._domctl.state(), dirty)
             except GuestStateError:
                 time.sleep(_LOOK_AGAIN_S)
-        return self._look()
+        return self._see_now(self._domctl.state(), dirty)
 
-    def _grow(self, seen: Seen) -> None:
-        """The p2m got longer, or its pages are others: say so to the other end."""
+    def _see_now(self, state: DomainState, dirty: np.ndarray) -> Seen:
+        """Look at what these frames name, and note what is due because of it."""
+        page, shared = self._shared_info(state)
+        view = self._view
+        changes = view.look(shared, dirty)
+        self._p2m = view.p2m
+        self._grow()
+        self._pending[changes.written] = True
+        self._note(changes.other)
+        found = GuestP2m(
+            view.p2m, view.frames.astype(np.uint64), view.list_frames.astype(np.uint64)
+        )
+        return Seen(state, page, shared, found)
+
+    def _grow(self) -> None:
+        """The p2m got longer, or its pages are others."""
         more = self._p2m.size - self._sent_p2m.size
         if more < 0:
             raise GuestStateError("the guest's p2m got shorter while it was migrated")
@@ -136,79 +153,72 @@ class LiveWriter(Writer):
             self._sent_p2m = np.append(self._sent_p2m, np.full(more, _INVALID))
             self._sent_types = np.append(self._sent_types, np.full(more, _NEVER, np.uint8))
             self._unsent = np.append(self._unsent, np.ones(more, bool))
-            self._canonical = np.append(self._canonical, np.zeros(more, bool))
             self._pending = np.append(self._pending, np.ones(more, bool))
-        frames = seen.found.frames.astype(np.intp)
-        if not np.array_equal(frames, self._frames):
+        frames = self._view.frames
+        if more or not np.array_equal(frames, self._frames):
             self._pending[self._frames] = True  # what were p2m pages may be others now
-            self._frames = frames
-            self._record(libxc.X86PvP2mFrames(0, self._p2m.size - 1, seen.found.frames))
-        self._seen = seen
+            self._frames, self._rewritten = frames, np.ones(frames.size, bool)
 
-    def _note(self, dirty: np.ndarray) -> None:
-        """Mark as pending what is dirty (by frame), has another frame or another type than was
-        sent."""
-        p2m, pending = self._p2m, self._pending
-        backed = p2m != _INVALID
-        frames_or_0 = np.where(backed, p2m, np.uint64(0)).view(np.int64)
-        pending |= dirty.take(frames_or_0) & backed
-        changed = p2m != self._sent_p2m
-        if (left := self._sent_p2m[changed & (self._sent_p2m != _INVALID)]).size:
+    def _note(self, pfns: np.ndarray) -> None:
+        """Mark as pending which of these have another frame or another type than was sent."""
+        now, sent = self._p2m[pfns], self._sent_p2m[pfns]
+        changed = now != sent
+        if (left := sent[changed & (sent != _INVALID)]).size:
             self._machine.let_go(left)
-        pending |= changed | (self._page_types != self._sent_types)
+        changed |= self._view.types[pfns] != self._sent_types[pfns]
+        self._pending[pfns[changed]] = True
         # The p2m's own pages are sent as canonical ones: only holes that come and go change them.
         # One page may stand for several ranges.
-        frames = self._frames
-        holes = backed != (self._sent_p2m != _INVALID)
-        holes = np.append(holes, np.zeros(-holes.size % PER_PAGE, bool)).reshape(-1, PER_PAGE)
-        due = frames[holes.any(axis=1) | ~self._canonical[frames]]
-        pending[frames] = False
-        pending[due] = True
+        holes = (now == _INVALID) != (sent == _INVALID)
+        self._rewritten[pfns[holes] // PER_PAGE] = True
+        self._pending[self._frames] = False
+        self._pending[self._frames[self._rewritten]] = True
 
     def forget_pending(self) -> None:
         """Take what is pending for sent, as if it were (to sample what is written)."""
-        self._sent_p2m, self._sent_types = self._p2m, self._page_types
-        self._pending[:] = False
+        self._sent_p2m, self._sent_types = self._p2m.copy(), self._view.types.copy()
+        self._pending[:] = self._rewritten[:] = False
 
     def send_round(self) -> Round:
         """Send what is pending; the guest runs."""
-        return self._send_pending(Patches.of(self._p2m_patches(self._seen.found)), final=False)
+        return self._send_pending(Patches.of([self._lists()]), final=False)
 
     def finish(self) -> Round:
         """The guest is suspended: send what is left of it. Raises GuestStateError."""
         started = time.monotonic()
-        # Nothing changes any more. The domain's process lists what is dirty while we look.
+        # Nothing changes any more. The domain's process lists what is dirty meanwhile.
         state, ask_vcpus = self._domctl.ask_state(), self._domctl.ask_vcpus()
         clean = self._log.ask_last()
-        seen = self._look(state())
-        vcpus = ask_vcpus()
+        described, vcpus, told = state(), ask_vcpus(), self._frames
+        seen = self._see_now(described, clean())
+        self._tell_frames(told, seen)
         contexts = self._contexts(vcpus)
-        self._page_types = self._types()
-        dirty = clean()
         start_info_pfn = contexts[0].user_regs.rdx
-        self._grow(seen)
-        self._note(dirty)
         start_info = self._start_info(start_info_pfn, seen.state).reshape(1, -1)
-        known = [*self._p2m_patches(seen.found), (np.array([start_info_pfn]), start_info)]
-        self._pending[seen.found.list_frames.astype(np.intp)] = True
+        known = Patches.of([self._lists(), (np.array([start_info_pfn]), start_info)])
+        self._pending[self._view.list_frames] = True
         self._pending[start_info_pfn] = True
         if self._postcopy:
             self._leave_out(seen, contexts, start_info)
-        sent = self._send_pending(Patches.of(known), final=True)
-        before = self.image_bytes
+        sent = self._send_pending(known, final=True)
+        image_bytes = self.image_bytes
         if self._postcopy:
             self._write_left_out()
         self._write_tail(seen, vcpus, contexts)
-        nr_bytes = sent.nr_bytes + self.image_bytes - before
+        nr_bytes = sent.nr_bytes + self.image_bytes - image_bytes
         seconds = time.monotonic() - started
         return Round(sent.nr_pages, sent.zero_pages, 0, nr_bytes, seconds)
+
+    def _lists(self) -> tuple[np.ndarray, np.ndarray]:
+        pfns = self._view.list_frames
+        return pfns, self._frame_lists(pfns)
 
     def _leave_out(
         self, seen: Seen, contexts: list[VcpuGuestContext], start_info: np.ndarray
     ) -> None:
         """Of what is pending take out all that the other end does not need to build the domain:
         of ordinary pages all but the p2m's, start_info, the rings that it names and GDTs."""
-        left_out = self._pending & (self._page_types == PageType.NOTAB)
+        left_out = self._pending & (self._view.types == PageType.NOTAB)
         info = StartInfo.from_buffer_copy(start_info.tobytes())
         needed = [contexts[0].user_regs.rdx, info.store_mfn, info.console_mfn]
         for context in contexts:
@@ -230,12 +240,13 @@ class LiveWriter(Writer):
         started = time.monotonic()
         before = self.nr_pages, self.zero_pages, self.image_bytes
         pfns = np.flatnonzero(self._pending)
-        types = self._page_types.copy()
-        self._sent_p2m, self._sent_types = self._p2m, self._page_types
+        types = self._view.types.copy()
+        self._sent_p2m[pfns], self._sent_types[pfns] = self._p2m[pfns], types[pfns]
+        rows = np.flatnonzero(self._pending[self._frames])
+        p2m_pages = (self._frames[rows], canonical_p2m(self._p2m, rows=rows))
+        known = Patches.of((p2m_pages, (known.pfns, known.pages)))
+        self._rewritten[rows] = False
         self._pending = np.zeros(types.size, bool)
-        frames = self._frames[np.isin(self._frames, pfns)]
-        self._canonical[pfns] = False
-        self._canonical[frames] = True
         deferred = 0
 
         def patches(some: np.ndarray) -> Patches:

@@ -36,6 +36,16 @@ class GuestP2m:
     list_frames: np.ndarray
 
 
+@dataclass(frozen=True)
+class Located:
+    """Where a guest keeps its p2m of so many pfns: the frames of its pages, (n,) u64, and of the
+    pages of its frame lists."""
+
+    size: int
+    leaves: np.ndarray
+    lists: np.ndarray
+
+
 def largest(nr_frames: int) -> int:
     """Return how many pfns a guest may have on a host of so many frames."""
     return max(_P2M_PER_FRAME * nr_frames, _ALWAYS_PFNS)
@@ -45,6 +55,13 @@ def find(domctl: Domctl, state: DomainState, shared: SharedInfo) -> GuestP2m:
     """Read the p2m of a suspended or never-run domain. Raises GuestStateError."""
     if state.never_run and state.p2m_frames is not None:
         return _of_image(domctl, state, state.p2m_frames)
+    located = locate(domctl, shared)
+    p2m = read(domctl, located, np.arange(located.size))
+    return GuestP2m(p2m, *pages(domctl, located, p2m))
+
+
+def locate(domctl: Domctl, shared: SharedInfo) -> Located:
+    """Return where the guest has published its p2m. Raises GuestStateError."""
     size = shared.arch.max_pfn
     if not 0 < size < _MAX_PFNS:
         raise GuestStateError(f"the guest says it has {size} pfns (shared_info.arch.max_pfn)")
@@ -56,13 +73,32 @@ def find(domctl: Domctl, state: DomainState, shared: SharedInfo) -> GuestP2m:
         size, leaves = tree[1:]
     else:
         raise GuestStateError("the guest has published no p2m (shared_info.arch)")
-    p2m = _checked(domctl, domctl.machine.mem[leaves].reshape(-1)[:size])
-    lists = tree[0] if tree is not None else np.empty(0, np.uint64)
-    frames, valid = mfns_to_pfns(leaves, domctl.machine.m2p, p2m)
+    return Located(size, leaves, tree[0] if tree is not None else np.empty(0, np.uint64))
+
+
+def read(domctl: Domctl, located: Located, pfns: np.ndarray) -> np.ndarray:
+    """Return the p2m's entries of these pfns (n,) i64; what names no frame of the guest is a hole
+    (foreign, identity, or nonsense)."""
+    machine = domctl.machine
+    if pfns.size == located.size:
+        entries = machine.mem[located.leaves].reshape(-1)[: pfns.size]
+    else:
+        entries = machine.mem[located.leaves[pfns // PER_PAGE], pfns % PER_PAGE]
+    inside = entries < np.uint64(machine.nr_frames)
+    frames = np.where(inside, entries, np.uint64(0)).view(np.int64)  # 0 is nobody's
+    good = machine.m2p.take(frames) == pfns.view(np.uint64)
+    good &= machine.owner.take(frames) == domctl.domid
+    return np.where(good, entries, np.uint64(INVALID_P2M_ENTRY))
+
+
+def pages(domctl: Domctl, located: Located, p2m: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the pfns of the p2m's pages, and those of its frame lists, ascending. Raises
+    GuestStateError."""
+    frames, valid = mfns_to_pfns(located.leaves, domctl.machine.m2p, p2m)
     if not valid.all():
         raise GuestStateError("the guest's p2m list lies in frames it has no pfn for")
-    lists, valid = mfns_to_pfns(np.unique(lists), domctl.machine.m2p, p2m)
-    return GuestP2m(p2m, frames, lists[valid])
+    lists, valid = mfns_to_pfns(np.unique(located.lists), domctl.machine.m2p, p2m)
+    return frames, lists[valid]
 
 
 def _nr_pages(size: int) -> int:
@@ -78,15 +114,6 @@ def _of_image(domctl: Domctl, state: DomainState, frames: np.ndarray) -> GuestP2
     p2m = np.full(state.p2m_size, INVALID_P2M_ENTRY, np.uint64)
     p2m[pfns[known]] = mfns[known]
     return GuestP2m(p2m, frames, np.empty(0, np.uint64))
-
-
-def _checked(domctl: Domctl, p2m: np.ndarray) -> np.ndarray:
-    """Entries that name no frame of the guest are holes (foreign, identity, or nonsense)."""
-    machine, pfns = domctl.machine, np.arange(p2m.size, dtype=np.uint64)
-    inside = p2m < np.uint64(machine.nr_frames)
-    frames = np.where(inside, p2m, np.uint64(0)).view(np.int64)  # 0 is nobody's
-    good = (machine.m2p.take(frames) == pfns) & (machine.owner.take(frames) == domctl.domid)
-    return np.where(good, p2m, np.uint64(INVALID_P2M_ENTRY))
 
 
 def _require(domctl: Domctl, mfns: np.ndarray, what: str) -> np.ndarray:

@@ -30,6 +30,7 @@ from xsave.image.buffers import Buffer, Write, nbytes
 from xsave.image.stream import StreamEncoder
 from xsave.progress import Finished, Pages, Report, Stage, ignore
 from xsave.public import SharedInfo, StartInfo, VcpuGuestContext
+from xsave.view import page_types
 
 #: Pages that wait to be written, or are being written, while the next ones are looked at.
 _MAX_WAITING_BYTES = 16 << 20
@@ -118,11 +119,14 @@ class Writer:
         self._report(Stage("save", "vcpus"))
         self._write_tail(seen, vcpus, contexts)
 
-    def _look(self, state: DomainState | None = None) -> Seen:
-        """Look at the domain as it is now; from here on its p2m is the one found."""
-        state = state or self._domctl.state()
+    def _shared_info(self, state: DomainState) -> tuple[bytes, SharedInfo]:
         page = self._machine.pages[state.shared_info_mfn].tobytes()
-        shared = SharedInfo.from_buffer_copy(page)
+        return page, SharedInfo.from_buffer_copy(page)
+
+    def _look(self) -> Seen:
+        """Look at the domain as it is now; from here on its p2m is the one found."""
+        state = self._domctl.state()
+        page, shared = self._shared_info(state)
         found = guest_p2m.find(self._domctl, state, shared)
         self._p2m = found.p2m
         return Seen(state, page, shared, found)
@@ -191,15 +195,8 @@ class Writer:
 
     # -- pages ---
 
-    def _types(self) -> np.ndarray:
-        """Return the pages' types, (n,) u8: XTAB where the p2m has no frame."""
-        backed = self._p2m != _INVALID
-        types = self._domctl.page_types(np.where(backed, self._p2m, np.uint64(0)))
-        types[~backed] = PageType.XTAB
-        return types
-
     def _write_pages(self, seen: Seen, start_info_pfn: int) -> None:
-        types = self._types()
+        types = page_types(self._domctl, self._p2m)
         start_info = self._start_info(start_info_pfn, seen.state).reshape(1, -1)
         known = Patches.of(
             (*self._p2m_patches(seen.found), (np.array([start_info_pfn]), start_info))
@@ -225,10 +222,14 @@ class Writer:
 
     def _p2m_patches(self, found: guest_p2m.GuestP2m) -> list[tuple[np.ndarray, np.ndarray]]:
         """Return the p2m's pages, and those of its frame lists, as an image holds them."""
+        lists = (found.list_frames, self._frame_lists(found.list_frames))
+        return [(found.frames, canonical_p2m(self._p2m)), lists]
+
+    def _frame_lists(self, pfns: np.ndarray) -> np.ndarray:
+        """Return these pages of frame lists as an image holds them."""
         mem, p2m = self._machine.mem, self._p2m
-        pfns, valid = mfns_to_pfns(mem[p2m[found.list_frames]], self._machine.m2p, p2m)
-        lists = np.where(valid, pfns, np.uint64(0))
-        return [(found.frames, canonical_p2m(p2m)), (found.list_frames, lists)]
+        named, valid = mfns_to_pfns(mem[p2m[pfns]], self._machine.m2p, p2m)
+        return np.where(valid, named, np.uint64(0))
 
     def _table_pages(self, pfns: np.ndarray) -> np.ndarray:
         return np.asarray(self._machine.mem[self._p2m[pfns]])

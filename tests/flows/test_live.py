@@ -65,13 +65,12 @@ def test_the_target_has_the_source_as_it_was(host, target, kind, monkeypatch):
     moved(host, target)
 
 
-def blind(bitmap):
+def blind(frames):
     """Every tenth frame is never named by a log, whatever is written to it."""
 
     def of(*args, **kwargs):
-        written = bitmap(*args, **kwargs)
-        written[::10] = False
-        return written
+        written = frames(*args, **kwargs)
+        return written[written % 10 != 0]
 
     return of
 
@@ -80,11 +79,11 @@ def test_a_log_that_misses_pages_is_caught(host, target, kind, monkeypatch):
     """The oracle sees it when the log is blind for every tenth frame (the mutation that the test
     above is there for)."""
     oracle = Oracle(monkeypatch, target)
-    log, method = {
-        USERFAULTFD: (logdirty.WrittenLog, "_bitmap"),
+    of, name = {
+        USERFAULTFD: (logdirty, "_frames"),
         COMPARE: (logdirty.CompareLog, "_compare"),
     }[kind]
-    monkeypatch.setattr(log, method, blind(getattr(log, method)))
+    monkeypatch.setattr(of, name, blind(getattr(of, name)))
     monkeypatch.setattr(LiveWriter, "send_round", unhurried(LiveWriter.send_round))
     start(host, cmdline="touch=1M write=4M rate=40M threads=0")  # its page tables stay
     migrate_live(host, target, dirty_log=kind)

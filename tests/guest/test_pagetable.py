@@ -19,6 +19,7 @@ from hypothesis.stateful import (
 from tests.guest.pagetable_model import CODE, REFUSED, XEN_ENTRIES, Model, recount
 from tests.guest.rig import FULL, MIB, READ_ONLY, Machines
 from xsave.frames import PTE_GLOBAL, PTE_NX, PTE_PCD, PTE_PRESENT, PTE_PSE, PTE_USER
+from xsave.guest.xen.domctl import Domctl
 from xsave.guest.xen.pagetable import PageTables
 from xsave.guest.xen.pagetypes import PGT_L4, PGT_NONE, PGT_SEG_DESC, PGT_WRITABLE, PGT_XEN
 
@@ -69,10 +70,16 @@ class World(RuleBasedStateMachine):
         self.tables = PageTables(machine, DOMID, XEN_ENTRIES)
         self.model = Model(self.frames, XEN_ENTRIES, self.machine.nr_frames)
         self.held = Counter()
+        machine.marked, self.seen_types = set(), self.types()
+
+    def types(self):
+        """The types of the frames as a toolstack sees them."""
+        return Domctl.page_types(self, np.array(self.frames, np.uint64))
 
     def teardown(self):
         """Whatever was held is let go: no count and no reference is left anywhere."""
         machine = self.machine
+        machine.marked = None
         for mfn, uses in self.held.items():
             for _ in range(uses):
                 self.tables.put_type(mfn)
@@ -194,6 +201,14 @@ class World(RuleBasedStateMachine):
             assert (machine.page_type[mfn] == PGT_NONE) == (named == 0)
         assert not machine.type_count[self.outside].any()
         assert not machine.refs[self.outside].any()
+
+    @invariant()
+    def another_type_is_marked(self):
+        """A toolstack that looks only at marked frames again knows the types of all."""
+        types = self.types()
+        changed = np.array(self.frames)[types != self.seen_types]
+        assert self.machine.marked.issuperset(changed.tolist())
+        self.machine.marked, self.seen_types = set(), types
 
 
 def test_types_and_counts_against_a_model():

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from xsave.distinct import distinct
 from xsave.errors import GuestStateError, StorageError, UsageError
 from xsave.guest.xen.logdirty import COMPARE, KINDS, USERFAULTFD, chunk_runs
 from xsave.guest.xen.writeprotect import WriteProtection
@@ -30,7 +31,6 @@ class Dirtying:
         self._running = running
         self._holder: Client | None = None
         self._protection: WriteProtection | None = None
-        self._marked: np.ndarray | None = None
 
     def op_logdirty(self, request: Request) -> Answer:
         """XEN_DOMCTL_SHADOW_OP_{ENABLE_LOGDIRTY,PEEK,CLEAN,OFF}, and `mark` with mfns."""
@@ -47,8 +47,7 @@ class Dirtying:
             return {}, b""
         if action not in ("peek", "clean"):
             raise UsageError(f"unknown action {action!r}")
-        written = self._written(clear=action == "clean")
-        return {}, np.packbits(written, bitorder="little").tobytes()
+        return {}, self._dirty(clear=action == "clean").astype(np.uint32).tobytes()
 
     def _enable(self, request: Request) -> str:
         wanted = request.arguments.get("kind", AUTO)
@@ -64,7 +63,7 @@ class Dirtying:
                 if wanted == USERFAULTFD:
                     raise
         self._holder = request.client
-        self._marked = np.zeros(machine.nr_frames, bool)
+        machine.marked = set()
         return COMPARE if self._protection is None else USERFAULTFD
 
     def _protect(self) -> WriteProtection:
@@ -79,21 +78,27 @@ class Dirtying:
         return protection
 
     def _mark(self, mfns: np.ndarray) -> None:
-        if self._marked is not None:
-            self._marked[mfns[mfns < self._marked.size]] = True
+        machine = self._running.machine
+        machine.mark(mfns[mfns < machine.nr_frames])
+
+    def _dirty(self, *, clear: bool) -> np.ndarray:
+        """Return the frames that are dirty, (n,) i64; of a comparing log those that it does not
+        find by itself."""
+        machine = self._running.machine
+        marked = np.fromiter(machine.marked or (), np.int64)
+        if clear:
+            machine.marked = set()
+        return distinct((marked, self._written(clear=clear)))
 
     def _written(self, *, clear: bool) -> np.ndarray:
-        if self._protection is None or self._marked is None:
-            raise UsageError("a log of this kind is the toolstack's own")
-        runs = chunk_runs(self._running.machine, self._running.domid)
+        machine, domid = self._running.machine, self._running.domid
+        if self._protection is None:
+            return np.empty(0, np.int64)
         try:
-            written = self._protection.written(runs, clear=clear)
+            written = self._protection.written(chunk_runs(machine, domid), clear=clear)
         except OSError as e:
             raise StorageError(f"the log of dirty frames cannot be read: {e}") from e
-        written |= self._marked
-        if clear:
-            self._marked[:] = False
-        return written
+        return written[machine.owner[written] == domid]
 
     def op_throttle(self, request: Request) -> Answer:
         """How much of the time the vCPUs are to rest, in percent."""
@@ -109,7 +114,7 @@ class Dirtying:
         """No log, no brake."""
         if self._protection is not None:
             self._protection.close()
-        self._holder, self._protection, self._marked = None, None, None
+        self._holder, self._protection, self._running.machine.marked = None, None, None
         self._running.throttle.percent = 0
 
     def closed(self, client: Client) -> None:

@@ -16,7 +16,6 @@ import numpy as np
 
 from xsave.errors import HostCannotTake
 from xsave.frames import (
-    INVALID_M2P_ENTRY,
     PAGE_SHIFT,
     PTE_ACCESSED,
     PTE_DIRTY,
@@ -258,6 +257,3 @@ class Domain:
 
     def owns(self, mfn: int) -> bool:
         return self.tables.owned(mfn)
-
-    def release_m2p(self, mfn: int) -> None:
-        self.machine.m2p[mfn] = INVALID_M2P_ENTRY

@@ -9,9 +9,11 @@ Two implementations behind one door, Domctl.log_dirty():
                   sent last, and what differs is copied. A round's pages are read from the copies,
                   never from the frames, so that what is compared next is what was sent.
 
-Never the guest's own D bits: those are the guest's, and miss the hypervisor's writes. The bitmaps
-are by frame, (nr_frames,) bool: which pfn a frame is the guest changes meanwhile, and who asks
-must look again (a frame that is another's by then may be marked, too).
+Never the guest's own D bits: those are the guest's, and miss the hypervisor's writes. What is
+named are frames, (n,) i64, ascending: which pfn a frame is the guest changes meanwhile, and who
+asks must look again (a frame that is another's by then may be among them, too). As in Xen a frame
+is dirty as well if nobody wrote to it, but it has got another owner, pfn or page type; so all that
+a toolstack sees of the guest is what it was, but for the frames that are named.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from typing import Protocol
 
 import numpy as np
 
+from xsave.distinct import distinct
 from xsave.guest.xen.machine import CHUNK_FRAMES, Machine
 
 USERFAULTFD, COMPARE = "userfaultfd", "compare"
@@ -41,14 +44,14 @@ class LogDirty(Protocol):
         """Return (n,) bool: False for those whose rows of `pages` hold zeros."""
 
     def peek(self) -> np.ndarray:
-        """Return the frames written since the last clean(), (nr_frames,) bool."""
+        """Return the frames that are dirty since the last clean(), (n,) i64."""
 
     def clean(self) -> np.ndarray:
         """The same, and begin anew. The first one is due before anything is sent."""
 
     def ask_last(self) -> Callable[[], np.ndarray]:
-        """clean() of a guest that does not run, for the last time: what is returned waits for the
-        bitmap."""
+        """clean() of a guest that does not run, for the last time: what is returned waits for
+        the frames."""
 
     def off(self) -> None:
         """End it; nothing is logged any more."""
@@ -56,29 +59,24 @@ class LogDirty(Protocol):
 
 class WrittenLog:
     """The domain's process logs; ask(action) is the request to it, and returns what waits for
-    the packed bitmap."""
+    the frames, as u32."""
 
     kind = USERFAULTFD
 
     def __init__(self, machine: Machine, ask: Ask) -> None:
         self.pages = machine.mem
         self.touched = machine.resident
-        self._nr_frames = machine.nr_frames
         self._ask = ask
 
-    def _bitmap(self, packed: bytes) -> np.ndarray:
-        bits = np.frombuffer(packed, np.uint8)
-        return np.unpackbits(bits, count=self._nr_frames, bitorder="little").view(bool)
-
     def peek(self) -> np.ndarray:
-        return self._bitmap(self._ask("peek")())
+        return _frames(self._ask("peek")())
 
     def clean(self) -> np.ndarray:
-        return self._bitmap(self._ask("clean")())
+        return _frames(self._ask("clean")())
 
     def ask_last(self) -> Callable[[], np.ndarray]:
-        packed = self._ask("peek")  # nothing comes after that: none has to be protected again
-        return lambda: self._bitmap(packed())
+        answer = self._ask("peek")  # nothing comes after that: none has to be protected again
+        return lambda: _frames(answer())
 
     def off(self) -> None:
         self._ask("disable")()
@@ -87,7 +85,8 @@ class WrittenLog:
 class CompareLog:
     """Copies of all that was sent, as large as the domain's memory that holds anything.
 
-    ask is as for WrittenLog: the domain's process only notes whose log it is.
+    ask is as for WrittenLog: the domain's process only knows what was not written and is dirty
+    all the same.
     """
 
     kind = COMPARE
@@ -114,25 +113,29 @@ class CompareLog:
         return self.clean
 
     def _compare(self, *, copy: bool) -> np.ndarray:
-        machine = self._machine
+        machine, marked = self._machine, _frames(self._ask("clean" if copy else "peek")())
         mfns = np.flatnonzero(machine.owner == self._domid)
         # A hole is zero, as is what was never copied: reading it would only allocate it.
         mfns = mfns[machine.resident(mfns) | self._copied[mfns]]
-        written = np.zeros(machine.nr_frames, bool)
+        written = [marked]
         for first in range(0, mfns.size, _BATCH):
             some = mfns[first : first + _BATCH]
             now = machine.mem[some]
             differ = (now != self.pages[some]).any(axis=1)
             changed = some[differ]
-            written[changed] = True
+            written.append(changed)
             if copy and changed.size:
                 self.pages[changed] = now[differ]
                 self._copied[changed] = True
-        return written
+        return distinct(written)
 
     def off(self) -> None:
         self._ask("disable")()
         self.pages = self.pages[:0]
+
+
+def _frames(answer: bytes) -> np.ndarray:
+    return np.frombuffer(answer, np.uint32).astype(np.int64)
 
 
 def chunk_runs(machine: Machine, domid: int) -> list[tuple[int, int]]:

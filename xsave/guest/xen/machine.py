@@ -118,6 +118,10 @@ class Machine:
 
     mem: (nr_frames, 512) u64; pages: (nr_frames, 4096) u8, the same bytes; m2p: (nr_frames,) u64;
     owner, page_type, pinned, type_count, refs: (nr_frames,).
+
+    marked, unless None: the frames that have got another owner, pfn or page type; whoever looks at
+    such a change from outside does not find it in the frames that were written. What takes and
+    frees frames is seen here, the rest is said by who does it (Xen's paging_mark_dirty).
     """
 
     def __init__(self, directory: Path, name: str) -> None:
@@ -143,6 +147,7 @@ class Machine:
             setattr(self, column, np.frombuffer(self._tab, dtype, self.nr_frames, offset))
             offset += self.nr_frames * np.dtype(dtype).itemsize
 
+    marked: set[int] | None = None
     owner: np.ndarray
     page_type: np.ndarray
     pinned: np.ndarray
@@ -171,7 +176,13 @@ class Machine:
                 raise OutOfFrames(wanted=nr, free=int(np.count_nonzero(free)), host=self.name)
             self.header[1] += np.uint64(1)
             self.owner[mfns.view(np.int64)] = domid
+        self.mark(mfns)
         return mfns
+
+    def mark(self, mfns: np.ndarray) -> None:
+        """Note frames (n,) in `marked`."""
+        if self.marked is not None:
+            self.marked.update(mfns.tolist())
 
     def write_frames(self, mfns: np.ndarray, pages: np.ndarray, rows: np.ndarray) -> None:
         """Fill frames mfns (n,), none twice, with these rows (n,) of pages (m, 4096) u8.
@@ -204,6 +215,7 @@ class Machine:
             for column, _ in _COLUMNS[1:]:
                 getattr(self, column)[runs] = 0
             self.owner[runs] = DOMID_FREE
+        self.mark(runs)
 
     def drop(self, mfns: np.ndarray) -> None:
         """Make holes of frames that stay their domain's: they hold nothing any more."""

@@ -126,6 +126,11 @@ class PageTables:
         """True for an L2, L3 or L4 table, an entry of which may lead to any number of others."""
         return self.owned(mfn) and PGT_L2 <= self.ptype[mfn] <= PGT_L4
 
+    def mark(self, mfn: int) -> None:
+        """Of this frame something changes that Machine.marked is there for."""
+        if (marked := self.machine.marked) is not None:
+            marked.add(mfn)
+
     # -- type references ---
 
     def get_type(self, mfn: int, want: int) -> int:
@@ -145,6 +150,7 @@ class PageTables:
         if self.unflushed and want != PGT_WRITABLE:
             self.stale_tlb = True
         if PGT_L1 <= want <= PGT_L4:
+            self.mark(mfn)
             rc = self._l1s.validate(mfn) if want == PGT_L1 else self._validate_upper(mfn, want)
             if rc:
                 self.count[mfn] = 0
@@ -166,6 +172,8 @@ class PageTables:
             return
         was = self.ptype[mfn]
         self.ptype[mfn] = PGT_NONE
+        if PGT_L1 <= was <= PGT_L4:
+            self.mark(mfn)
         if was == PGT_L1:
             self._l1s.release(mfn)
         elif PGT_L2 <= was <= PGT_L4:
@@ -222,6 +230,7 @@ class PageTables:
         index = np.array(new, np.int64)
         m = self.machine
         m.page_type[index], m.type_count[index] = PGT_L1, 1
+        m.mark(index)
         if self._l1s.validate(index):
             m.page_type[index], m.type_count[index] = PGT_NONE, 0
             return []
@@ -374,6 +383,7 @@ class PageTables:
         rc = self.get_type(mfn, level)
         if rc == 0:
             self.pinned[mfn] = 1
+            self.mark(mfn)
         return rc
 
     def pin_l1s(self, mfns: Collection[int]) -> list[bool]:
@@ -382,6 +392,7 @@ class PageTables:
         held = self._hold_new(mfns)
         for mfn in held:
             self.pinned[mfn] = 1
+            self.mark(mfn)
         return [mfn in held or self.pin(mfn, PGT_L1) == 0 for mfn in mfns]
 
     def unpin(self, mfn: int) -> int:
@@ -389,6 +400,7 @@ class PageTables:
         if not self.owned(mfn) or not self.pinned[mfn]:
             return -errno.EINVAL
         self.pinned[mfn] = 0
+        self.mark(mfn)
         self.put_type(mfn)
         self.unflushed = True
         return 0

@@ -16,7 +16,8 @@ Structures and numbers: include/uapi/linux/userfaultfd.h and fs.h; Documentation
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+import threading
+from collections.abc import Iterable, Sequence
 from typing import Self
 
 import numpy as np
@@ -36,6 +37,9 @@ _PAGE_IS_WRITTEN = 2
 #: Of struct pm_scan_arg, twelve u64.
 _SCAN_BYTES = 96
 _MAX_REGIONS = 4096
+_GAP_PAGES = 1 << 12
+#: From so many on (a millisecond's scan) two threads share the work.
+_LARGE_PAGES = 1 << 17
 
 
 class WriteProtection:
@@ -64,36 +68,64 @@ class WriteProtection:
             span = np.array([start, nr << PAGE_SHIFT, _WRITEPROTECT_MODE_WP], np.uint64)
             ioctl(self._fd, _UFFDIO_WRITEPROTECT, span)
 
-    def written(self, runs: Iterable[tuple[int, int]], *, clear: bool) -> np.ndarray:
-        """Return (nr_pages,) bool: the pages of these runs (first, nr) that lost their
-        protection; with clear they have it again. Raises OSError."""
-        found = np.zeros(self._nr_pages, bool)
+    def written(self, runs: Sequence[tuple[int, int]], *, clear: bool) -> np.ndarray:
+        """Return the pages (n,) i64 of these runs (first, nr) that lost their protection; with
+        clear they have it again. Raises OSError."""
         flags = _SCAN_CHECK_WPASYNC | (_SCAN_WP_MATCHING if clear else 0)
-        regions = np.empty((_MAX_REGIONS, 3), np.uint64)
+        spans = _joined(runs)
+        nr_pages = sum(nr for _, nr in spans)
+        if nr_pages < _LARGE_PAGES:
+            regions = self._scan(spans, flags)
+        else:
+            regions = self._scan_bothhalves(*halves(spans, nr_pages // 2), flags)
+        offsets = (regions[:, :2] - np.uint64(self._address)) >> np.uint64(PAGE_SHIFT)
+        return pages_within(offsets.astype(np.int64), runs)
+
+    def _scan(self, runs: Sequence[tuple[int, int]], flags: int) -> np.ndarray:
+        """Return regions (n, 3) u64: start, end, categories."""
+        full: list[np.ndarray] = []
+        regions, used = np.empty((_MAX_REGIONS, 3), np.uint64), 0
+        argument = np.zeros(_SCAN_BYTES // 8, np.uint64)
+        argument[:2] = _SCAN_BYTES, flags
+        argument[9] = argument[11] = _PAGE_IS_WRITTEN
+        words, base = argument.data, regions.ctypes.data
         for first, nr in runs:
             start = self._address + (first << PAGE_SHIFT)
             end = start + (nr << PAGE_SHIFT)
             while start < end:
-                argument = np.zeros(_SCAN_BYTES // 8, np.uint64)
-                argument[:4] = _SCAN_BYTES, flags, start, end
-                argument[5:7] = regions.ctypes.data, len(regions)
-                argument[9] = argument[11] = _PAGE_IS_WRITTEN
-                count = ioctl(self._pagemap, _PAGEMAP_SCAN, argument)
-                self._mark(regions[:count], found)
-                start = int(argument[4])  # walk_end: before the end if the regions are full
-        return found
+                if used == _MAX_REGIONS:
+                    full.append(regions.copy())
+                    used = 0
+                words[2], words[3] = start, end
+                words[5], words[6] = base + used * regions.strides[0], _MAX_REGIONS - used
+                used += ioctl(self._pagemap, _PAGEMAP_SCAN, argument)
+                if used < _MAX_REGIONS:
+                    break
+                # walk_end, which may lag behind what was found.
+                start = max(words[4], int(regions[-1, 1]))
+        return np.concatenate((*full, regions[:used]))
 
-    def _mark(self, regions: np.ndarray, found: np.ndarray) -> None:
-        """Set found for regions (n, 3): start, end, categories; ascending and apart."""
-        if not len(regions):
-            return
-        offsets = regions[:, :2] - np.uint64(self._address)
-        pages = (offsets >> np.uint64(PAGE_SHIFT)).astype(np.intp)
-        low, high = int(pages[0, 0]), int(pages[-1, 1])
-        edges = np.zeros(high - low + 1, np.int8)
-        edges[pages[:, 0] - low] += 1
-        edges[pages[:, 1] - low] -= 1
-        found[low:high] |= np.cumsum(edges[:-1], dtype=np.int8).astype(bool)
+    def _scan_bothhalves(
+        self, runs: Sequence[tuple[int, int]], others: Sequence[tuple[int, int]], flags: int
+    ) -> np.ndarray:
+        """The guest stands still meanwhile, and its processor may have nothing else to do."""
+        found: list[np.ndarray | OSError] = []
+
+        def scan_others() -> None:
+            try:
+                found.append(self._scan(others, flags))
+            except OSError as e:
+                found.append(e)
+
+        thread = threading.Thread(target=scan_others, name="scan")
+        thread.start()
+        try:
+            regions = self._scan(runs, flags)
+        finally:
+            thread.join()
+        if isinstance(found[0], OSError):
+            raise found[0]
+        return np.concatenate((regions, found[0]))
 
     def close(self) -> None:
         """Take all protection off."""
@@ -107,3 +139,45 @@ class WriteProtection:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def pages_within(regions: np.ndarray, runs: Sequence[tuple[int, int]]) -> np.ndarray:
+    """Return the pages (n,) i64 of regions (k, 2), start and end, that are in the runs (first,
+    nr); both ascend and overlap nothing of their own."""
+    begins, ends = regions.T
+    first, nr = np.array(runs, np.int64).reshape(-1, 2).T
+    low = np.searchsorted(first + nr, begins, side="right")
+    counts = np.maximum(np.searchsorted(first, ends, side="left") - low, 0)
+    run = _counting(low, counts)
+    begins = np.maximum(np.repeat(begins, counts), first[run])
+    return _counting(begins, np.minimum(np.repeat(ends, counts), (first + nr)[run]) - begins)
+
+
+def _counting(starts: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """Return so many numbers from each of these starts on, one behind the other."""
+    before = np.cumsum(counts) - counts
+    return np.arange(int(counts.sum())) + np.repeat(starts - before, counts)
+
+
+def _joined(runs: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Return the runs with those in one piece that are close to each other: a gap costs less."""
+    spans: list[tuple[int, int]] = []
+    for first, nr in runs:
+        if spans and first - sum(spans[-1]) <= _GAP_PAGES:
+            first, nr = spans[-1][0], first + nr - spans.pop()[0]
+        spans.append((first, nr))
+    return spans
+
+
+def halves(
+    runs: Sequence[tuple[int, int]], half: int
+) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
+    """Cut the runs in two, the first one of `half` pages."""
+    lower: list[tuple[int, int]] = []
+    for i, (first, nr) in enumerate(runs):
+        if nr > half:
+            middle = [(first, half)] if half else []
+            return [*lower, *middle], [(first + half, nr - half), *runs[i + 1 :]]
+        lower.append((first, nr))
+        half -= nr
+    return lower, []

@@ -133,6 +133,7 @@ def _one_update(hv: Hypervisor, address: int, value: int) -> int:
         if not tables.owned(mfn):
             return -errno.EINVAL
         hv.domain.machine.m2p[mfn] = value
+        tables.mark(mfn)
         return 0
     preserve_ad = command == _PRESERVE_AD
     if not tables.is_upper(address >> 12):
