@@ -193,7 +193,7 @@ def test_what_was_written_early_counts_as_written():
     domctl = StandIn()
     memory = Memory(domctl, P2M_SIZE)
     memory.place(batch([(3, 0)]), None, 0)
-    memory.write_early(np.array([3]), np.full((1, PAGE_SIZE), 9, np.uint8), np.array([0]))
+    memory.write_early(np.array([3]), np.full((1, 512), 9, np.uint64))
     memory.place(batch([(3, 0)]), None, 0)
     memory.complete()
     assert not domctl.machine.pages[int(memory.p2m[3])].any()

@@ -16,7 +16,7 @@ import numpy as np
 
 from xsave.canonical import canonicalise, localise, localise_entries, present_entries
 from xsave.errors import ImageError
-from xsave.frames import INVALID_P2M_ENTRY, PTE_PSE, TYPE_PIN, PageType
+from xsave.frames import INVALID_P2M_ENTRY, PTE_PSE, TYPE_PIN
 from xsave.guest.xen.domctl import Domctl
 from xsave.image.pages import PageBatch
 from xsave.placing import Memory, table_levels
@@ -24,6 +24,7 @@ from xsave.placing import Memory, table_levels
 _INVALID = np.uint64(INVALID_P2M_ENTRY)
 #: Tables that are pinned ahead at once: a millisecond's work or two.
 _PIN_BATCH = 64
+_LOCALISE_BATCH = 256
 
 
 class Localiser:
@@ -32,24 +33,37 @@ class Localiser:
     def __init__(self, domctl: Domctl, memory: Memory) -> None:
         self._domctl = domctl
         self._memory = memory
-        memory.before_renewal = self._forget
+        memory.before_renewal, memory.after_renewal = self._forget, self._sort
         nr_pfns = memory.p2m.size
-        self._ahead = np.zeros(nr_pfns, bool)  # pfns of tables localised in their frames
-        self._pinned = np.zeros(nr_pfns, bool)
-        self._tried = np.zeros(nr_pfns, bool)  # to be pinned
+        # By pfn. Of tables: not localised yet, and of level 1; localised; to be pinned by us; of
+        # those, tried, and done; to be pinned in the end.
+        self._waiting, self._l1 = np.zeros(nr_pfns, bool), np.zeros(nr_pfns, bool)
+        self._ahead = np.zeros(nr_pfns, bool)
+        self._untried, self._pinned = np.zeros(nr_pfns, bool), np.zeros(nr_pfns, bool)
+        self._own_pins = np.zeros(nr_pfns, bool)
+
+    def _grow(self) -> None:
+        more = np.zeros(self._memory.p2m.size - self._ahead.size, bool)
+        for name in ("_waiting", "_l1", "_ahead", "_untried", "_pinned", "_own_pins"):
+            setattr(self, name, np.append(getattr(self, name), more))
 
     def _forget(self, pfns: np.ndarray) -> None:
         """These come anew: no table may be in use while it changes."""
-        if pfns.size and int(pfns.max()) >= self._ahead.size:
-            more = np.zeros(self._memory.p2m.size - self._ahead.size, bool)
-            self._ahead = np.append(self._ahead, more)
-            self._pinned = np.append(self._pinned, more)
-            self._tried = np.append(self._tried, more)
+        if self._memory.p2m.size > self._ahead.size:
+            self._grow()
         if self._pinned[pfns].any():
             coming = np.zeros(self._pinned.size, bool)
             coming[pfns] = True
             self._unpin(np.flatnonzero(self._pinned & coming))
-        self._ahead[pfns] = self._tried[pfns] = False
+        self._ahead[pfns] = self._untried[pfns] = False
+
+    def _sort(self, pfns: np.ndarray) -> None:
+        """These have come: which of them are tables?"""
+        types = self._memory.types[pfns]
+        levels = table_levels(types)
+        self._waiting[pfns] = levels != 0
+        self._l1[pfns] = levels == 1
+        self._own_pins[pfns] = (levels != 0) & (types & TYPE_PIN != 0)
 
     def _unpin(self, pfns: np.ndarray) -> None:
         if pfns.size:
@@ -58,38 +72,33 @@ class Localiser:
 
     def still_to_pin(self) -> np.ndarray:
         """Return the pfns of the tables that the guest has pinned and that are not pinned yet."""
-        own = self._own_pins()
-        own[: self._pinned.size] &= ~self._pinned
-        return np.flatnonzero(own)
-
-    def _own_pins(self) -> np.ndarray:
-        types = self._memory.types
-        own: np.ndarray = (types & TYPE_PIN != 0) & (types < PageType.BROKEN)
-        return own
+        return np.flatnonzero(self._own_pins & ~self._pinned)
 
     def ask_unpin(self) -> Callable[[], object]:
         """Undo those pins of what was pinned ahead that are not the guest's own; return what waits
         until that is done."""
-        pfns = np.flatnonzero(self._pinned & ~self._own_pins()[: self._pinned.size])
+        pfns = np.flatnonzero(self._pinned & ~self._own_pins)
         return self._domctl.ask_unpin(self._memory.p2m[pfns]) if pfns.size else _nothing
 
     def work_ahead(self) -> bool:
         """Records are still to come: do a part of what can be done. False if nothing can."""
         if self._localise_ahead():
             return True
-        pfns = np.flatnonzero(self._ahead & ~self._tried)[:_PIN_BATCH]
+        pfns = np.flatnonzero(self._untried)[:_PIN_BATCH]
         if pfns.size:
-            self._tried[pfns] = True
+            self._untried[pfns] = False
             self._pinned[pfns] = self._domctl.pin_l1s(self._memory.p2m[pfns])
         return pfns.size > 0
 
     def _localise_ahead(self) -> bool:
+        pfns = np.flatnonzero(self._waiting & self._l1)
+        pfns = pfns[self._memory.in_place(pfns)]
+        batches = range(0, pfns.size, _LOCALISE_BATCH)
+        return any(self._localise_ready(pfns[first : first + _LOCALISE_BATCH]) for first in batches)
+
+    def _localise_ready(self, pfns: np.ndarray) -> bool:
+        """Localise those of these tables whose pages all have frames; False if none is so."""
         memory = self._memory
-        levels = table_levels(memory.types[: self._ahead.size])
-        pfns = np.flatnonzero((levels == 1) & ~self._ahead)
-        pfns = pfns[memory.in_place(pfns)]
-        if not pfns.size:
-            return False
         tables = memory.read_tables(pfns)
         at, targets = present_entries(tables)
         known = np.zeros(targets.size, bool)
@@ -99,7 +108,8 @@ class Localiser:
         ready[at[~known] >> 9] = False
         pfns = pfns[ready]
         memory.write_tables(pfns, localise(tables[ready], memory.p2m))
-        self._ahead[pfns] = True
+        self._ahead[pfns] = self._untried[pfns] = True
+        self._waiting[pfns] = False
         return pfns.size > 0
 
     def run(self) -> None:
@@ -108,20 +118,20 @@ class Localiser:
         if (holes := memory.holes()).size:
             self._go_back()
             memory.drop(holes)
-        levels = table_levels(memory.types)
-        pending = levels != 0
-        pending[: self._ahead.size] &= ~self._ahead
-        pfns = np.flatnonzero(pending)
+        if memory.p2m.size > self._ahead.size:
+            self._grow()
+        pfns = np.flatnonzero(self._waiting)
         tables = memory.read_tables(pfns)
         at, targets = present_entries(tables)
         if (targets >= np.uint64(memory.p2m.size)).any():
             self._refuse_outside(tables, pfns)
-        self._check_upper(tables, at, targets, levels, pfns)
+        self._check_upper(tables, at, targets, pfns)
         named = np.zeros(memory.p2m.size, bool)
         named[targets] = True
         memory.populate(np.flatnonzero(named))
         localise_entries(tables, at, targets, memory.p2m)
         memory.write_tables(pfns, tables)
+        self._waiting[pfns] = False
 
     def _go_back(self) -> None:
         """Some frames are to be dropped: tables may name them."""
@@ -131,7 +141,8 @@ class Localiser:
         levels = np.ones(pfns.size, np.uint8)
         back = canonicalise(tables, levels, self._domctl.machine.m2p, self._memory.p2m)
         self._memory.write_tables(pfns, back.tables)
-        self._ahead[:] = False
+        self._ahead[:] = self._untried[:] = False
+        self._waiting[pfns] = True
 
     def _refuse_outside(self, tables: np.ndarray, pfns: np.ndarray) -> NoReturn:
         """Name the first entry of the tables at pfns that leads out of the p2m."""
@@ -147,12 +158,13 @@ class Localiser:
         tables: np.ndarray,
         at: np.ndarray,
         targets: np.ndarray,
-        levels: np.ndarray,
         pfns: np.ndarray,
     ) -> None:
         """Entries of the upper ones of these tables (n, 512), at pfns (n,), must lead to tables of
-        the level below; at, targets: of all present entries; levels are those of all pfns."""
-        of_upper = levels[pfns[at >> 9]] > 1
+        the level below; at, targets: of all present entries."""
+        types = self._memory.types
+        levels = table_levels(types[pfns])
+        of_upper = levels[at >> 9] > 1
         at, targets = at[of_upper], targets[of_upper]
         entries = tables.reshape(-1)[at]
         superpages = np.flatnonzero(entries & np.uint64(PTE_PSE))
@@ -161,8 +173,8 @@ class Localiser:
             expected = f"a pfn below {self._memory.p2m.size:#x}"
             pfn, slot = int(pfns[at[first] >> 9]), int(at[first] & 511)
             self._refuse_entry(pfn, slot, "a superpage", expected, f"{int(entries[first]):#x}")
-        below = levels[pfns[at >> 9]] - 1
-        wrong = np.flatnonzero(levels[targets] != below)
+        below = levels[at >> 9] - 1
+        wrong = np.flatnonzero(table_levels(types[targets]) != below)
         if wrong.size:
             first = wrong[0]
             what = f"pfn {targets[first]:#x}, which is no page table of level {below[first]}"

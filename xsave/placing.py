@@ -8,6 +8,9 @@ What a restore waits for is the first touch of its frames. So a thread puts page
 the order in which they came, while the next ones are read and the domain's process still starts.
 Page tables do not wait for the thread: they are in place as soon as they are read, so that they
 can be localised and pinned while it works off the rest.
+
+What came, and which frames changed, is noted as it happens: at the end of a live migration nobody
+has to go through all pfns for that, while the guest stands still.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ from collections.abc import Callable
 import numpy as np
 
 from xsave.behind import Behind
+from xsave.distinct import distinct
 from xsave.errors import ImageError, OutOfFrames
 from xsave.frames import INVALID_P2M_ENTRY, PAGE_SIZE, PageType
 from xsave.guest.xen.domctl import Domctl
@@ -31,6 +35,7 @@ _MAX_WAITING_LIVE_BYTES = 4 << 20
 _INVALID = np.uint64(INVALID_P2M_ENTRY)
 NO_PFNS = np.empty(0, np.uint64)
 _XALLOC, _NOTAB = np.uint8(PageType.XALLOC), np.uint8(PageType.NOTAB)
+PFNS_PER_P2M_PAGE = 512
 
 
 class Memory:
@@ -46,6 +51,13 @@ class Memory:
         self._queued = np.zeros(p2m_size, bool)  # ever left to the thread
         #: Hears which pfns (n,) come, before anything of them changes.
         self.before_renewal: Callable[[np.ndarray], None] = lambda pfns: None
+        #: Hears of the same pfns when their types are known.
+        self.after_renewal: Callable[[np.ndarray], None] = lambda pfns: None
+        #: For who keeps the p2m's pages: of which of these some pfns have another frame than when
+        #: that was last taken back, and which pfns came.
+        self.moved = np.ones(-(-p2m_size // PFNS_PER_P2M_PAGE), bool)
+        self.came = np.zeros(p2m_size, bool)
+        self._given_up: list[np.ndarray] = []  # came as holes, and have a frame
         most = _MAX_WAITING_LIVE_BYTES if live else _MAX_WAITING_BYTES
         self._write_behind = Behind(self._machine.write_frames, most)
         self._offsets = np.zeros(p2m_size, np.uint64)
@@ -76,7 +88,12 @@ class Memory:
         self.before_renewal(pfns)
         # A page that came without bytes is an ordinary one; only where it is there counts.
         self.types[pfns] = np.where(types == _XALLOC, _NOTAB, types)
-        self.populate(pfns[(types != PageType.XTAB) & (types != PageType.BROKEN)])
+        self.came[pfns] = True
+        self.after_renewal(pfns)
+        holes = types == PageType.XTAB
+        self.populate(pfns[~holes & (types != PageType.BROKEN)])
+        if holes.any() and (given_up := pfns[holes & (self.p2m[pfns] != _INVALID)]).size:
+            self._given_up.append(given_up)
 
     def offset_of(self, pfn: int) -> int | None:
         """Return where in the image the page's bytes were, None if it came with none."""
@@ -91,6 +108,7 @@ class Memory:
             missing = np.unique(missing)
         mfns = self._take(missing.size)
         self.p2m[missing] = mfns
+        self.moved[missing // PFNS_PER_P2M_PAGE] = True
         self._machine.m2p[mfns.view(np.int64)] = missing
         self.nr_populated += int(missing.size)
 
@@ -120,6 +138,9 @@ class Memory:
         self.types = np.append(self.types, np.full(more, PageType.XTAB, np.uint8))
         self._written = np.append(self._written, np.zeros(more, bool))
         self._queued = np.append(self._queued, np.zeros(more, bool))
+        self.came = np.append(self.came, np.zeros(more, bool))
+        # The page that was the last one says of more pfns now that they are holes.
+        self.moved = np.ones(-(-p2m_size // PFNS_PER_P2M_PAGE), bool)
         self._offsets = np.append(self._offsets, np.zeros(more, np.uint64))
 
     def read_tables(self, pfns: np.ndarray) -> np.ndarray:
@@ -138,15 +159,18 @@ class Memory:
         """Return (n,) bool: the pages whose bytes are in their frames as soon as they are read."""
         return ~self._queued[pfns]
 
-    def write_early(self, pfns: np.ndarray, pages: np.ndarray, rows: np.ndarray) -> None:
-        """Put rows (n,) of pages into the frames of these pfns, though more may come for them."""
-        self._written[pfns] = True
-        self._machine.write_frames(self.p2m[pfns], pages, rows)
+    def write_early(self, pfns: np.ndarray, pages: np.ndarray) -> None:
+        """Put pages (n, 512) u64 into the frames of these pfns (n,), behind what came for them so
+        far; more may come."""
+        self._written[pfns] = self._queued[pfns] = True
+        rows = np.arange(pfns.size)
+        self._write_behind(pages.nbytes, self.p2m[pfns], pages.view(np.uint8), rows)
 
     def holes(self) -> np.ndarray:
         """All records came: return the pfns that had a frame and ended as holes (the guest gave
         the page up while it was migrated)."""
-        return np.flatnonzero((self.p2m != _INVALID) & (self.types == PageType.XTAB))
+        pfns = distinct(pfns.view(np.int64) for pfns in self._given_up)
+        return pfns[(self.p2m[pfns] != _INVALID) & (self.types[pfns] == PageType.XTAB)]
 
     def drop(self, holes: np.ndarray) -> None:
         """Free the frames of holes()."""
@@ -156,6 +180,7 @@ class Memory:
             self._write_behind.finish()
         self._machine.free(self.p2m[holes])
         self.p2m[holes] = _INVALID
+        self.moved[holes // PFNS_PER_P2M_PAGE] = True
         self._written[holes] = False
         self.nr_populated -= int(holes.size)
 

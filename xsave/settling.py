@@ -23,11 +23,14 @@ from xsave.image.pages import PageBatch
 from xsave.image.stream import Item
 from xsave.localising import Localiser
 from xsave.parts import Parts
-from xsave.placing import Memory
+from xsave.placing import NO_PFNS, Memory
 from xsave.public import SharedInfo, StartInfo, VcpuGuestContext
 
 _INVALID = np.uint64(INVALID_P2M_ENTRY)
 _MAX_GDT_ENTRIES = 14 * 512
+_NO_ROWS = np.empty(0, np.int64)
+#: Pages of the p2m that are written ahead at once.
+_P2M_BATCH = 256
 _KERNEL_MODE = 1 << 2
 
 
@@ -41,19 +44,20 @@ class Settler:
         self._memory = memory
         self._parts = parts
         self._localiser = Localiser(domctl, memory)
-        self._p2m_ahead = 0  # of so many pfns with frames, the p2m's pages say so already
+        self._p2m_frames = NO_PFNS  # those that the work ahead was for
 
     def work_ahead(self) -> bool:
         """Pages of a live migration are still to come: do a part of what can be done without them.
         False if nothing can."""
-        memory, frames = self._memory, self._parts.p2m_frames
-        if frames is None or memory.nr_populated == self._p2m_ahead:
-            return self._localiser.work_ahead()
-        if (memory.p2m[frames] != _INVALID).all():
-            pfns, rows = np.unique(frames, return_index=True)
-            memory.write_early(pfns, local_p2m(memory.p2m).view(np.uint8), rows)
-        self._p2m_ahead = memory.nr_populated
-        return True
+        if self._localiser.work_ahead():
+            return True
+        memory, pfns, rows = self._memory, *self._p2m_due()
+        there = memory.p2m[pfns] != _INVALID
+        pfns, rows = pfns[there][:_P2M_BATCH], rows[there][:_P2M_BATCH]
+        if rows.size:
+            memory.write_early(pfns, local_p2m(memory.p2m, rows=rows))
+            memory.moved[rows] = memory.came[pfns] = False
+        return rows.size > 0
 
     def run(self, state: DomainState) -> None:
         """All was read: finish the domain and commit it.
@@ -154,20 +158,30 @@ class Settler:
         if not plain.all():
             wrong = int(frames[~plain][0])
             self._require_plain(wrong, "a p2m page", self._parts.p2m_offset)
-        pages = local_p2m(self._memory.p2m)
-        self._require_shared_are_holes(frames, pages)
-        pfns, rows = np.unique(frames, return_index=True)
-        if self._p2m_ahead:  # and then they are there
-            wanted = pages if np.array_equal(rows, np.arange(len(pages))) else pages[rows]
-            other = (self._machine.mem[self._memory.p2m[pfns]] != wanted).any(axis=1)
-            pfns, rows = pfns[other], rows[other]
-        self._machine.write_frames(self._memory.p2m[pfns], pages.view(np.uint8), rows)
+        self._require_shared_are_holes(frames)
+        pfns, rows = self._p2m_due()
+        pages = local_p2m(self._memory.p2m, rows=rows).view(np.uint8)
+        self._machine.write_frames(self._memory.p2m[pfns], pages, np.arange(rows.size))
 
-    def _require_shared_are_holes(self, frames: np.ndarray, pages: np.ndarray) -> None:
+    def _p2m_due(self) -> tuple[np.ndarray, np.ndarray]:
+        """Return the pfns of those p2m pages, none twice, that do not say yet where the frames
+        are, and of each which of them it is."""
+        memory, frames = self._memory, self._parts.p2m_frames
+        if frames is None:
+            return NO_PFNS, _NO_ROWS
+        if frames is not self._p2m_frames:
+            self._p2m_frames = frames
+            memory.moved[:] = True
+        rows = np.flatnonzero(memory.moved[: frames.size] | memory.came[frames])
+        pfns, first = np.unique(frames[rows], return_index=True)
+        return pfns, rows[first]
+
+    def _require_shared_are_holes(self, frames: np.ndarray) -> None:
         """One p2m page may stand for many ranges of pfns only where all are holes."""
         _, where, counts = np.unique(frames, return_inverse=True, return_counts=True)
         shared = np.flatnonzero(counts[where] > 1)
-        wrong = shared[(pages[shared] != _INVALID).any(axis=1)]
+        pages = local_p2m(self._memory.p2m, rows=shared)
+        wrong = shared[(pages != _INVALID).any(axis=1)]
         if wrong.size:
             raise ImageError(
                 f"p2m page {wrong[0]} (pfn {frames[wrong[0]]:#x}) serves for others too",
