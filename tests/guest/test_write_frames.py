@@ -45,12 +45,25 @@ def test_thousands_of_frames(machine):
     assert (machine.pages[mfns.astype(np.intp)] == pages).all()
 
 
-def test_no_space_is_an_error(machine, monkeypatch):
+@pytest.mark.parametrize("name, mfns", [("write_vectors", [1024, 1025]), ("os.pwrite", [1024])])
+def test_no_space_is_an_error(machine, monkeypatch, name, mfns):
     """A file system that is full is a StorageError, not the death of the process."""
 
     def full(*_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(xen_machine, "write_vectors", full)
+    monkeypatch.setattr(f"{xen_machine.__name__}.{name}", full)
+    pages, rows = np.zeros((len(mfns), 4096), np.uint8), np.arange(len(mfns))
     with pytest.raises(StorageError, match="No space left"):
-        machine.write_frames(np.array([1024]), np.zeros((1, 4096), np.uint8), np.array([0]))
+        machine.write_frames(np.array(mfns), pages, rows)
+
+
+def test_a_write_of_less_than_a_page_goes_on(machine, monkeypatch):
+    """What one system call leaves of a page the next ones write."""
+    honest = os.pwrite
+    monkeypatch.setattr(
+        f"{xen_machine.__name__}.os.pwrite", lambda fd, page, at: honest(fd, page[:1000], at)
+    )
+    page = np.arange(4096).astype(np.uint8)
+    machine.write_frames(np.array([1030]), page.reshape(1, -1).copy(), np.array([0]))
+    assert np.array_equal(machine.pages[1030], page)

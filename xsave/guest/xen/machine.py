@@ -20,7 +20,6 @@ from __future__ import annotations
 import mmap
 import os
 from contextlib import AbstractContextManager
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -193,13 +192,25 @@ class Machine:
         if not len(mfns):
             return
         order = np.argsort(mfns)
-        vectors = row_vectors(pages, rows[order])
+        rows = rows[order]
+        vectors = row_vectors(pages, rows)
         sorted_mfns = mfns[order].astype(np.int64)
         cuts = np.flatnonzero(np.diff(sorted_mfns) != 1) + 1
+        starts, data = np.concatenate(([0], cuts)), pages.reshape(-1).data
         fd = os.open(self.directory / "machine.mem", os.O_RDWR | os.O_CLOEXEC)
         try:
-            for start, end in pairwise([0, *cuts.tolist(), len(vectors)]):
-                _write_all(fd, vectors[start:end], int(sorted_mfns[start]) << PAGE_SHIFT)
+            for start, end, at, mfn in zip(
+                starts.tolist(),
+                (*cuts.tolist(), len(vectors)),
+                (rows[starts] * PAGE_SIZE).tolist(),
+                sorted_mfns[starts].tolist(),
+                strict=True,
+            ):
+                position = mfn << PAGE_SHIFT
+                # Of a few pages hardly two lie together: each by itself costs the least then.
+                page = data[at : at + PAGE_SIZE]
+                if end - start > 1 or os.pwrite(fd, page, position) != PAGE_SIZE:
+                    _write_all(fd, vectors[start:end], position)
         except OSError as e:
             raise StorageError(f"{self.directory}: cannot fill frames: {e.strerror}") from e
         finally:
@@ -265,6 +276,8 @@ class Machine:
 def _write_all(fd: int, left: np.ndarray, position: int) -> None:
     while len(left):
         written = write_vectors(fd, left, position)
+        if written == len(left) * PAGE_SIZE:
+            return
         position += written
         left = behind(left, written)
 
