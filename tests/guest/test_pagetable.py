@@ -154,6 +154,18 @@ class World(RuleBasedStateMachine):
         expected = self.model.attempt(self.model.unpin, self.frames[where])
         assert self.tables.unpin(self.frames[where]) == expected
 
+    @rule(which=st.sets(st.integers(0, 19)))
+    def unpin_used(self, which):
+        """Those of some frames that stay in use are unpinned as one by one, the others left."""
+        mfns = sorted({self.names[i] for i in which})
+        left = []
+        for mfn in mfns:
+            if mfn in self.frames and self.model.pinned[mfn] and self.model.count[mfn] > 1:
+                assert self.model.attempt(self.model.unpin, mfn) == 0
+            else:
+                left.append(mfn)
+        assert self.tables.unpin_used(np.array(mfns, np.uint64)).tolist() == left
+
     @rule(where=where_any, want=st.sampled_from([PGT_L4, PGT_SEG_DESC, PGT_WRITABLE]))
     def hold(self, where, want):
         """What cr3, a GDT frame or a ring takes."""

@@ -55,6 +55,7 @@ _MAX_STALE_PAGES = 16
 #: So many entries are quicker looked at together than one by one.
 _MANY_ENTRIES = 8
 _EMPTY = bytes(1 << PAGE_SHIFT)
+_NO_LINKS = np.empty(0, np.int64), np.empty(0, np.uint64)
 _DESCRIPTOR_DPL = 3 << 45
 
 
@@ -236,23 +237,26 @@ class PageTables:
             return []
         return new
 
-    def _links(self, mfn: int, level: int) -> list[tuple[int, int]]:
-        """Return (slot, entry) of the present entries that are the guest's own."""
+    def _links(self, mfn: int, level: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return the slots (n,) of the present entries that are the guest's own, and those."""
         if self.machine.map[mfn << PAGE_SHIFT : (mfn + 1) << PAGE_SHIFT] == _EMPTY:
-            return []  # as most L3 tables of a Linux
+            return _NO_LINKS  # as most L3 tables of a Linux
         row = self.machine.mem[mfn]
         slots = np.flatnonzero(row & np.uint64(PTE_PRESENT))
         if level == PGT_L4:
             first, last = XEN_L4_SLOTS
             slots = slots[(slots < first) | (slots > last)]
-        return list(zip(slots.tolist(), row[slots].tolist(), strict=True))
+        return slots, row[slots]
 
     def _validate_upper(self, mfn: int, level: int) -> int:
-        rc = 0
-        links = self._links(mfn, level)
-        held = self._hold_l1s([entry for _, entry in links]) if level == PGT_L2 else []
-        taken, links = self._take_used(mfn, links, level)
-        for slot, entry in links:
+        rc, held = 0, []
+        slots, entries = self._links(mfn, level)
+        taken, slots, entries = self._take_used(mfn, slots, entries, level)
+        if level == PGT_L2 and entries.size:
+            held = self._hold_l1s(entries.tolist())
+            more, slots, entries = self._take_used(mfn, slots, entries, level)
+            taken += more
+        for slot, entry in zip(slots.tolist(), entries.tolist(), strict=True):
             rc = self._take(entry, level)
             if rc:
                 break
@@ -274,13 +278,12 @@ class PageTables:
         return 0
 
     def _take_used(
-        self, mfn: int, links: list[tuple[int, int]], level: int
-    ) -> tuple[list[int], list[tuple[int, int]]]:
+        self, mfn: int, slots: np.ndarray, entries: np.ndarray, level: int
+    ) -> tuple[list[int], np.ndarray, np.ndarray]:
         """Take the references of entries that name tables in use, if there are many, at once.
-        Return (entries with references, links that are left)."""
-        if len(links) < _MANY_ENTRIES:
-            return [], links
-        slots, entries = np.array(links, np.uint64).T
+        Return (entries with references, slots and entries that are left)."""
+        if entries.size < _MANY_ENTRIES:
+            return [], slots, entries
         targets, m = targets_of(entries), self.machine
         inside = targets < self.nr_frames
         frames = np.where(inside, targets, 0)
@@ -290,8 +293,8 @@ class PageTables:
         frames = frames[used]
         np.add.at(m.type_count, frames, ONE)
         np.add.at(m.refs, frames, ONE)
-        m.mem[mfn, slots[used].view(np.int64)] = entries[used] | np.uint64(PTE_USER)
-        return entries[used].tolist(), [links[i] for i in np.flatnonzero(~used)]
+        m.mem[mfn, slots[used]] = entries[used] | np.uint64(PTE_USER)
+        return entries[used].tolist(), slots[~used], entries[~used]
 
     def _keep(self, entries: list[int]) -> None:
         """The tables these name have been validated: that lasts until the request comes again."""
@@ -301,7 +304,7 @@ class PageTables:
             self.progress.kept.append(target)
 
     def _release_upper(self, mfn: int, level: int) -> None:
-        for _, entry in self._links(mfn, level):
+        for entry in self._links(mfn, level)[1].tolist():
             self._drop(entry, level)
         if level == PGT_L4:
             first, last = XEN_L4_SLOTS
@@ -404,6 +407,20 @@ class PageTables:
         self.put_type(mfn)
         self.unflushed = True
         return 0
+
+    def unpin_used(self, mfns: np.ndarray) -> np.ndarray:
+        """Unpin those of these frames, all different, that are pinned and stay in use all the
+        same, at once; return the others."""
+        m, inside = self.machine, mfns < self.nr_frames
+        frames = np.where(inside, mfns, 0).view(np.int64)
+        used = inside & (m.owner[frames] == self.domid)
+        used &= (m.pinned[frames] != 0) & (m.type_count[frames] > 1)
+        frames = frames[used]
+        m.pinned[frames] = 0
+        m.type_count[frames] -= ONE
+        m.mark(frames)
+        self.unflushed = self.unflushed or bool(frames.size)
+        return mfns[~used]
 
     # -- the software walk ---
 
