@@ -33,6 +33,7 @@ class StandIn:
             pages=pages,
             mem=pages.view(np.uint64),
             m2p=m2p,
+            nr_frames=NR_FRAMES,
             free=self.given_back.extend,
             write_frames=self.write_frames,
         )

@@ -44,6 +44,11 @@ class Behind:
             self._nbytes += nbytes
             self._changed.notify_all()
 
+    @property
+    def idle(self) -> bool:
+        """True if no call waits or is under way."""
+        return self._nbytes == 0
+
     def finish(self) -> None:
         """Wait for all calls and end the thread."""
         self._end()

@@ -29,6 +29,7 @@ from xsave.guest.xen.domctl import DomainState, Domctl
 from xsave.guest.xen.logdirty import LogDirty
 from xsave.image import libxc, postcopy
 from xsave.image.buffers import Write
+from xsave.image.pages import MAX_BATCH
 from xsave.p2m import PER_PAGE, GuestP2m
 from xsave.progress import Report
 from xsave.public import StartInfo, VcpuGuestContext
@@ -112,6 +113,11 @@ class LiveWriter(Writer):
         """How many page tables there are."""
         types = self._view.types
         return int(np.count_nonzero((types != PageType.NOTAB) & (types < PageType.BROKEN)))
+
+    @property
+    def nr_p2m_pages(self) -> int:
+        """How many pages the p2m has."""
+        return self._frames.size
 
     def look(self) -> None:
         """Add to what is pending all that changed since the last look. Raises GuestStateError."""
@@ -263,7 +269,8 @@ class LiveWriter(Writer):
                 self._domctl, self._p2m, types, patches, pfns=pfns,
                 frames=self._log if pfns.size > _FEW_PAGES else AllTouched(self._log),
                 unsent=self._unsent if self._zeroes else None,
-            )
+            ),
+            few=pfns.size <= MAX_BATCH,
         )  # fmt: skip
         nr_pages, zero_pages, image_bytes = before
         return Round(

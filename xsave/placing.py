@@ -32,10 +32,13 @@ _POOL_FRAMES = 65536
 _MAX_WAITING_BYTES = 96 << 20
 #: Of a live migration hardly any: what waits here at the guest's suspend, the guest waits for.
 _MAX_WAITING_LIVE_BYTES = 4 << 20
+_FEW_PAGES = 512
 _INVALID = np.uint64(INVALID_P2M_ENTRY)
 NO_PFNS = np.empty(0, np.uint64)
 _XALLOC, _NOTAB = np.uint8(PageType.XALLOC), np.uint8(PageType.NOTAB)
 PFNS_PER_P2M_PAGE = 512
+#: What one touch brings into a process (fault_around_bytes).
+FRAMES_PER_WINDOW = 16
 
 
 class Memory:
@@ -57,7 +60,10 @@ class Memory:
         #: that was last taken back, and which pfns came.
         self.moved = np.ones(-(-p2m_size // PFNS_PER_P2M_PAGE), bool)
         self.came = np.zeros(p2m_size, bool)
+        #: One of the frames that pages were put into, of each window of frames; 0: there is none.
+        self.filled = np.zeros(-(-self._machine.nr_frames // FRAMES_PER_WINDOW), np.int64)
         self._given_up: list[np.ndarray] = []  # came as holes, and have a frame
+        self._live = live
         most = _MAX_WAITING_LIVE_BYTES if live else _MAX_WAITING_BYTES
         self._write_behind = Behind(self._machine.write_frames, most)
         self._offsets = np.zeros(p2m_size, np.uint64)
@@ -122,6 +128,8 @@ class Memory:
         """Take at least `needed` frames; more if there are more, so that this happens rarely."""
         left = self.p2m.size - self.nr_populated - self._pool.size
         wanted = min(max(needed, _POOL_FRAMES, self.nr_populated), left)
+        if left - wanted < _POOL_FRAMES:  # what comes last is not to wait for a few more
+            wanted = left
         try:
             return self._domctl.populate(wanted)
         except OutOfFrames:
@@ -218,10 +226,16 @@ class Memory:
     def _write(self, pfns: np.ndarray, pages: np.ndarray, rows: np.ndarray) -> None:
         """Put rows (k,) of pages into the frames of pfns (k,): tables now, the rest behind."""
         mfns = self.p2m[pfns]
+        if self._live:
+            self.filled[mfns // FRAMES_PER_WINDOW] = mfns
         now = (table_levels(self.types[pfns]) != 0) & ~self._queued[pfns]
         if now.any():
             self._machine.write_frames(mfns[now], pages, rows[now])
             pfns, mfns, rows = pfns[~now], mfns[~now], rows[~now]
+        if self._live and rows.size <= _FEW_PAGES and self._write_behind.idle:
+            # Two threads would wait for each other's turn longer than this takes.
+            self._machine.write_frames(mfns, pages, rows)
+            return
         self._queued[pfns] = True
         self._write_behind(rows.size * PAGE_SIZE, mfns, pages, rows)
 

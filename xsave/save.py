@@ -10,10 +10,10 @@ tools/libs/guest/xg_sr_save.c and xg_sr_save_x86_pv.c.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass
 
 import numpy as np
@@ -71,7 +71,9 @@ def save(
         report(Stage("save", "sync"))
         commit()
     except BaseException:
-        with suppress(XsaveError):  # its process is gone: what failed first is what is told
+        with contextlib.suppress(
+            XsaveError
+        ):  # its process is gone: what failed first is what is told
             domctl.resume()
         raise
     if leave == "destroyed":
@@ -209,11 +211,15 @@ class Writer:
 
         self._send(Gatherer(self._domctl, self._p2m, types, patches))
 
-    def _send(self, gatherer: Gatherer) -> None:
-        with Behind(self._sink, _MAX_WAITING_BYTES) as write:
+    def _send(self, gatherer: Gatherer, *, few: bool = False) -> None:
+        """Write all of it; few: it is not worth a thread."""
+        with contextlib.nullcontext() if few else Behind(self._sink, _MAX_WAITING_BYTES) as behind:
             for batch in gatherer:
                 size = sum(map(nbytes, batch.buffers))
-                write(size, batch.buffers)
+                if behind is None:
+                    self._sink(batch.buffers)
+                else:
+                    behind(size, batch.buffers)
                 self.nr_pages += batch.nr_pages
                 self.zero_pages += batch.zero_pages
                 self.image_bytes += size

@@ -31,6 +31,8 @@ _MAX_GDT_ENTRIES = 14 * 512
 _NO_ROWS = np.empty(0, np.int64)
 #: Pages of the p2m that are written ahead at once.
 _P2M_BATCH = 256
+#: Windows of frames that are touched ahead at once: a millisecond's work or two.
+_TOUCH_BATCH = 64
 _KERNEL_MODE = 1 << 2
 
 
@@ -45,6 +47,7 @@ class Settler:
         self._parts = parts
         self._localiser = Localiser(domctl, memory)
         self._p2m_frames = NO_PFNS  # those that the work ahead was for
+        self._touched = np.zeros(memory.filled.size, bool)  # windows of frames
 
     def work_ahead(self) -> bool:
         """Pages of a live migration are still to come: do a part of what can be done without them.
@@ -57,7 +60,12 @@ class Settler:
         if rows.size:
             memory.write_early(pfns, local_p2m(memory.p2m, rows=rows))
             memory.moved[rows] = memory.came[pfns] = False
-        return rows.size > 0
+            return True
+        windows = np.flatnonzero((memory.filled != 0) & ~self._touched)[:_TOUCH_BATCH]
+        if windows.size:
+            self._domctl.touch(memory.filled[windows])
+            self._touched[windows] = True
+        return windows.size > 0
 
     def run(self, state: DomainState) -> None:
         """All was read: finish the domain and commit it.

@@ -3,11 +3,14 @@ at once, not when the process is tired of waiting."""
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
+import numpy as np
 import pytest
 
 from tests.flows.flow import create, destroy, nothing_is_left, processes, wait_for
@@ -77,6 +80,37 @@ def test_interrupted_at_each_step(localhost, step, when):
     assert interrupted.stderr.endswith("KeyboardInterrupt\n")
     assert localhost.records() == []
     nothing_is_left(localhost)
+
+
+def mapped(host, mfns):
+    """Return which of these frames the host's only domain's process has in its page table."""
+    (pid,) = processes(host)
+    maps = Path(f"/proc/{pid}/maps").read_text().splitlines()
+    (start,) = [line.split("-")[0] for line in maps if line.endswith("machine.mem")]
+    fd = os.open(f"/proc/{pid}/pagemap", os.O_RDONLY)
+    found = [os.pread(fd, 8, 8 * ((int(start, 16) >> 12) + mfn))[7] >> 7 == 1 for mfn in mfns]
+    os.close(fd)
+    return found
+
+
+def test_touched_ahead(localhost):
+    """The process has the frames at hand that it was to touch, if they are its domain's; no frame
+    that holds nothing is made to take room."""
+    with spawn(localhost, "g") as domctl:
+        domctl.begin(nr_vcpus=1, max_pages=256)
+        domctl.wait_begun()
+        machine = domctl.machine
+        mine = np.sort(domctl.populate(128))
+        foreign = machine.allocate(99, 8)
+        written = np.array([mine[5], mine[100], foreign[0]])
+        pages = np.ones((3, 4096), np.uint8)
+        machine.write_frames(written, pages, np.arange(3))
+        asked = np.array([*written.tolist(), machine.nr_frames, (1 << 64) - 1], np.uint64)
+        assert mapped(localhost, written.tolist()) == [False] * 3
+        domctl.touch(asked)
+        assert mapped(localhost, written.tolist()) == [True, True, False]
+        assert machine.resident(mine).sum() == 2
+        machine.free(foreign)
 
 
 def test_what_failed_is_not_committed(localhost):

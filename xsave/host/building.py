@@ -225,9 +225,16 @@ class Building:
         mfns = np.frombuffer(request.blob, np.uint64).tolist()
         return {}, bytes(self._unbuilt().tables.pin_l1s(mfns))
 
+    def op_touch(self, request: Request) -> Answer:
+        machine = self._unbuilt().machine
+        mfns = np.frombuffer(request.blob, np.uint64)
+        mfns = mfns[mfns < machine.nr_frames].astype(np.int64)
+        machine.mem[mfns[machine.owner[mfns] == self._running.domid], 0].any()
+        return {}, b""
+
     def op_unpin(self, request: Request) -> Answer:
         tables = self._unbuilt().tables
-        for mfn in np.frombuffer(request.blob, np.uint64).tolist():
+        for mfn in tables.unpin_used(np.frombuffer(request.blob, np.uint64)).tolist():
             if rc := tables.unpin(mfn):
                 raise HostCannotTake(f"frame {mfn:#x} is no pinned page table ({rc})")
         return {}, b""

@@ -406,6 +406,11 @@ class Domctl:
         (n,) bool."""
         return np.frombuffer(self._call("pin_l1s", mfns.astype("<u8").tobytes())[1], bool)
 
+    def touch(self, mfns: np.ndarray) -> None:
+        """Have the domain's process touch these frames, which hold something: the first touch is
+        what takes longest of a frame, and then whoever needs it does not wait for that."""
+        self._call("touch", mfns.astype("<u8").tobytes())
+
     def ask_unpin(self, mfns: np.ndarray) -> Callable[[], object]:
         """Undo pins of a domain that is being built."""
         return self._post("unpin", mfns.astype("<u8").tobytes()).wait
