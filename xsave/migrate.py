@@ -157,7 +157,8 @@ def estimate(domctl: Domctl, target: Target, options: Options) -> DryRun:
     log = domctl.log_dirty(options.dirty_log)
     writer = LiveWriter(domctl, lambda buffers: None, ignore, log, zeroes=True)
     try:
-        return dry_run(domctl, writer, log.kind, bandwidth, options.limits)
+        limits = None if options.postcopy else options.limits
+        return dry_run(domctl, writer, log.kind, bandwidth, limits)
     finally:
         with suppress(XsaveError):
             log.off()

@@ -184,6 +184,20 @@ def simulate(
     return Estimate(decision.action, decision.reason, stats.nr_rounds, total_s, downtime_s, sent)
 
 
+def simulate_postcopy(
+    first_bytes: int,
+    dirty_bytes: Callable[[float], float],
+    bandwidth: float,
+    overhead_s: float,
+) -> Estimate:
+    """The same of a guest that goes after one round, and what it wrote meanwhile behind it."""
+    seconds = first_bytes / max(bandwidth, 1.0)
+    behind = int(min(dirty_bytes(seconds), first_bytes))
+    total_s = seconds + overhead_s + behind / max(bandwidth, 1.0)
+    reason = f"after one round, {behind >> 10} KiB follow the guest"
+    return Estimate(POSTCOPY, reason, 1, total_s, overhead_s, first_bytes + behind)
+
+
 def _ms(seconds: float) -> str:
     return f"{seconds * 1000:.0f} ms" if seconds < float("inf") else "for ever"
 

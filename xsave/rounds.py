@@ -16,7 +16,17 @@ from xsave.frames import PAGE_SIZE
 from xsave.guest.xen.domctl import Domctl
 from xsave.live import LiveWriter
 from xsave.live import Round as Sent
-from xsave.precopy import CONTINUE, POSTCOPY, Decision, Limits, Progress, Stats, decide, simulate
+from xsave.precopy import (
+    CONTINUE,
+    POSTCOPY,
+    Decision,
+    Limits,
+    Progress,
+    Stats,
+    decide,
+    simulate,
+    simulate_postcopy,
+)
 from xsave.progress import Decided, Report, Round
 
 #: What a stop takes besides looking once more and sending: the vCPUs, the page tables at the other
@@ -153,9 +163,14 @@ class DryRun:
 
 
 def dry_run(
-    domctl: Domctl, writer: LiveWriter, dirty_log: str, bandwidth: float, limits: Limits
+    domctl: Domctl,
+    writer: LiveWriter,
+    dirty_log: str,
+    bandwidth: float,
+    limits: Limits | None,
 ) -> DryRun:
-    """Estimate a migration; the writer's output leads nowhere, and all of it is written once."""
+    """Estimate a migration, one with post-copy if there are no limits; the writer's output leads
+    nowhere, and all of it is written once."""
     writer.begin()
     sent = writer.send_round()
     looks: list[tuple[float, float]] = [(0.0, 0.0)]
@@ -177,7 +192,8 @@ def dry_run(
         (a, low), (b, high) = looks[max(known, 1) - 1], looks[max(known, 1)]
         return max(low + (high - low) * (seconds - a) / max(b - a, 1e-6), 0.0)
 
-    estimate = simulate(sent.nr_bytes, dirty_bytes, bandwidth, HAND_OVER_S + look_s, limits)
+    known = sent.nr_bytes, dirty_bytes, bandwidth, HAND_OVER_S + look_s
+    estimate = simulate(*known, limits) if limits else simulate_postcopy(*known)
     interval, written = looks[-1]
     return DryRun(
         dirty_log=dirty_log,

@@ -411,7 +411,6 @@ def test_a_full_disk(xsave, hosts):
         (["--compress"], "--compress exclude"),
         (["--connections", "2"], "--connections exclude"),
         (["--auto-converge"], "--auto-converge exclude"),
-        (["--dry-run"], "--dry-run exclude"),
         (["--to", "xl:cat"], "a real xl takes no post-copy"),
     ],
 )
@@ -422,6 +421,20 @@ def test_usage(xsave, guest, options, why):
     assert (refused.code, why in refused.err) == (2, True), refused.err
     assert state(guest) == "running"
     assert Journals(guest.directory).all() == []
+
+
+def test_how_it_would_go(xsave, guest):
+    """An estimate of one round, without a question; nothing moves."""
+    b = add_host("b", 16 * MIB)
+    asked = xsave("migrate", "g", "--to", "b", "--postcopy", "--dry-run", "--json")
+    assert asked.code == 0, asked.err
+    answer = json.loads(asked.out)
+    assert answer["outcome"] == "post-copy"
+    assert answer["nr_rounds"] == 1
+    assert 0 < answer["downtime_ns"] < answer["total_ns"]
+    assert answer["bytes_sent"] > 1 * MIB
+    assert state(guest) == "running"
+    assert (state(b), Journals(b.directory).all()) == (None, [])
 
 
 def test_a_target_without_faults(host, target, monkeypatch):

@@ -125,9 +125,7 @@ def migrate(settings: Settings, /, name: str | None, target: str | None, **optio
         raise UsageError("--no-live and --dry-run exclude each other")
     destination = open_target(target)
     chosen.check(destination)
-    if options["postcopy"] and options["dry_run"]:
-        raise UsageError("--postcopy and --dry-run exclude each other")
-    if options["postcopy"] and not options["yes"]:
+    if options["postcopy"] and not (options["yes"] or options["dry_run"]):
         warn(settings)
     with settings.find(name or only_domain(settings)) as domctl:
         if options["dry_run"]:
