@@ -9,8 +9,8 @@
 The stream is a live migration's as Xen's tools send it: pages come again, the last one counts, and
 the final ones are those of a save (save.py) of the suspended guest. A page table that names a frame
 which is not the guest's at that moment is XTAB for now, and due again. Frames and types are read
-after the log was cleaned and compared with those that were sent: a table whose frame nobody wrote
-can still change its type, and then its bytes mean something else. Mirrors send_memory_live and
+after the log was cleaned. A table whose frame nobody wrote can still change its type, and then its
+bytes mean something else: the log names it then, as Xen's does. Mirrors send_memory_live and
 suspend_and_send_dirty of tools/libs/guest/xg_sr_save.c.
 """
 
@@ -37,7 +37,6 @@ from xsave.save import Seen, Writer
 from xsave.view import View
 
 _INVALID = np.uint64(INVALID_P2M_ENTRY)
-_NEVER = np.uint8(0xFF)
 #: Of so few pages nobody asks which were ever touched: to ask takes longer than to look.
 _FEW_PAGES = 4096
 #: A running guest may be just about to publish another p2m: look again, so often and after so long.
@@ -88,7 +87,7 @@ class LiveWriter(Writer):
         self._zeroes = zeroes
         self._view = View(domctl)
         self._pending = self._unsent = np.zeros(0, bool)
-        self._sent_p2m, self._sent_types = np.zeros(0, np.uint64), np.zeros(0, np.uint8)
+        self._sent_p2m = np.zeros(0, np.uint64)
         self._frames = np.empty(0, np.int64)  # of the p2m's pages, as the other end was told
         self._rewritten = np.zeros(0, bool)  # of them: holes came or went since it was sent
         self._postcopy = postcopy
@@ -157,7 +156,6 @@ class LiveWriter(Writer):
             raise GuestStateError("the guest's p2m got shorter while it was migrated")
         if more:
             self._sent_p2m = np.append(self._sent_p2m, np.full(more, _INVALID))
-            self._sent_types = np.append(self._sent_types, np.full(more, _NEVER, np.uint8))
             self._unsent = np.append(self._unsent, np.ones(more, bool))
             self._pending = np.append(self._pending, np.ones(more, bool))
         frames = self._view.frames
@@ -166,12 +164,11 @@ class LiveWriter(Writer):
             self._frames, self._rewritten = frames, np.ones(frames.size, bool)
 
     def _note(self, pfns: np.ndarray) -> None:
-        """Mark as pending which of these have another frame or another type than was sent."""
+        """Mark as pending which of these have another frame than was sent."""
         now, sent = self._p2m[pfns], self._sent_p2m[pfns]
         changed = now != sent
         if (left := sent[changed & (sent != _INVALID)]).size:
             self._machine.let_go(left)
-        changed |= self._view.types[pfns] != self._sent_types[pfns]
         self._pending[pfns[changed]] = True
         # The p2m's own pages are sent as canonical ones: only holes that come and go change them.
         # One page may stand for several ranges.
@@ -182,7 +179,7 @@ class LiveWriter(Writer):
 
     def forget_pending(self) -> None:
         """Take what is pending for sent, as if it were (to sample what is written)."""
-        self._sent_p2m, self._sent_types = self._p2m.copy(), self._view.types.copy()
+        self._sent_p2m = self._p2m.copy()
         self._pending[:] = self._rewritten[:] = False
 
     def send_round(self) -> Round:
@@ -247,7 +244,7 @@ class LiveWriter(Writer):
         before = self.nr_pages, self.zero_pages, self.image_bytes
         pfns = np.flatnonzero(self._pending)
         types = self._view.types.copy()
-        self._sent_p2m[pfns], self._sent_types[pfns] = self._p2m[pfns], types[pfns]
+        self._sent_p2m[pfns] = self._p2m[pfns]
         rows = np.flatnonzero(self._pending[self._frames])
         p2m_pages = (self._frames[rows], canonical_p2m(self._p2m, rows=rows))
         known = Patches.of((p2m_pages, (known.pfns, known.pages)))

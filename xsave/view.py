@@ -79,6 +79,8 @@ class View:
         )
 
     def _resize(self, size: int) -> None:
+        cut = self.p2m[size:]
+        self._pfns[cut[cut != _INVALID].view(np.int64)] = -1
         more = max(size - self.p2m.size, 0)
         self.p2m = np.append(self.p2m[:size], np.full(more, _INVALID))
         self.types = np.append(self.types[:size], np.full(more, PageType.XTAB, np.uint8))
