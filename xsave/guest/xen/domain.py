@@ -162,10 +162,14 @@ class Domain:
         self.tables.stale_tlb = True
         return 0
 
+    @property
+    def nr_xen_frames(self) -> int:
+        """Of its frames, Xen's own."""
+        return XEN_FRAMES + len(self.grants.frames)
+
     def nr_pages(self) -> int:
         """Frames the guest owns, Xen's own not counted."""
-        xen_frames = XEN_FRAMES + len(self.grants.frames)
-        return int(np.count_nonzero(self.machine.owner == self.domid)) - xen_frames
+        return int(np.count_nonzero(self.machine.owner == self.domid)) - self.nr_xen_frames
 
     def start(self) -> None:
         """The first unpause: the clocks of this host begin, the restored state ends."""

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from xsave.errors import ConnectionLost, XsaveError
-from xsave.frames import TYPE_PIN
+from xsave.frames import PAGE_SHIFT, TYPE_PIN
 from xsave.guest.xen.conversation import Conversation, Pending
 from xsave.guest.xen.logdirty import COMPARE, KINDS, CompareLog, LogDirty, WrittenLog
 from xsave.guest.xen.machine import XEN_FRAMES, Machine
@@ -137,7 +137,7 @@ class Domctl:
             host=self.machine.name,
             state=message["state"],
             vcpus=message["vcpus"],
-            memory_bytes=message["memory_bytes"],
+            memory_bytes=max(int(mfns.size - message["xen_frames"]), 0) << PAGE_SHIFT,
             min_mfn=int(mfns[0]) if mfns.size else 0,
             max_mfn=int(mfns[-1]) if mfns.size else 0,
             online_vcpus=message["online_vcpus"],
