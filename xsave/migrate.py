@@ -269,8 +269,9 @@ class Sender:
             )
             writer.begin()
             rounds = Precopy(
-                self._domctl, writer, self._options.limits, self._report, channel.wire_bytes
-            )
+                self._domctl, writer, self._options.limits, self._report, channel.wire_bytes,
+                channel.flush,
+            )  # fmt: skip
             decision = rounds.run_once() if postcopy else rounds.run()
             self._nr_rounds = rounds.nr_rounds + 1  # the last one is sent by finish()
             if decision.action == CANCEL:

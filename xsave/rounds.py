@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from xsave.frames import PAGE_SIZE
 from xsave.guest.xen.domctl import Domctl
@@ -52,26 +52,35 @@ class Precopy:
         limits: Limits,
         report: Report,
         wire_bytes: Callable[[], int],
+        flush: Callable[[], None],
     ) -> None:
-        """wire_bytes(): how many bytes have left so far, compressed if they are."""
+        """wire_bytes(): how many bytes have left so far, compressed if they are. flush(): have all
+        leave that was written."""
         self._domctl = domctl
         self._writer = writer
         self._limits = limits
         self._report = report
         self._wire_bytes = wire_bytes
+        self._flush = flush
         self._began = self._looked = time.monotonic()
         self._progress = Progress()
         self._throttle = 0
         self._bandwidth = 0.0
         self.nr_rounds = 0
 
+    def _send(self) -> tuple[Sent, Stats]:
+        """Send a round, all of it: what it is about the other end begins with at once."""
+        before, began = self._wire_bytes(), time.monotonic()
+        sent = self._writer.send_round()
+        self._flush()
+        sent = replace(sent, seconds=time.monotonic() - began)
+        self.nr_rounds += 1
+        return sent, self._measure(sent, self._wire_bytes() - before)
+
     def run(self) -> Decision:
         """Send rounds until there is a decision that ends them."""
         while True:
-            before = self._wire_bytes()
-            sent = self._writer.send_round()
-            self.nr_rounds += 1
-            stats = self._measure(sent, self._wire_bytes() - before)
+            sent, stats = self._send()
             decision = decide(stats, self._limits)
             self._tell(sent, stats, decision)
             if decision.action != CONTINUE:
@@ -83,10 +92,7 @@ class Precopy:
 
     def run_once(self) -> Decision:
         """Send one round, behind which the guest is to go whatever is left: post-copy."""
-        before = self._wire_bytes()
-        sent = self._writer.send_round()
-        self.nr_rounds += 1
-        stats = self._measure(sent, self._wire_bytes() - before)
+        sent, stats = self._send()
         pages = stats.pending_bytes // PAGE_SIZE
         reason = f"one round is through, what was written since ({pages} pages) follows the guest"
         decision = Decision(POSTCOPY, reason, stats.overhead_s)

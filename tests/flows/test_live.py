@@ -17,6 +17,7 @@ from xsave import precopy
 from xsave.errors import GuestStateError, MigrationCancelled
 from xsave.guest.xen import logdirty
 from xsave.guest.xen.logdirty import COMPARE, KINDS, USERFAULTFD
+from xsave.host.transport import Receiver
 from xsave.live import LiveWriter
 from xsave.precopy import CANCEL, Limits
 from xsave.progress import Decided, Round, Stage
@@ -152,6 +153,30 @@ def test_compressed(host, target, monkeypatch):
     assert oracle.found.different == ()
     assert result.bytes_sent < 6 * MIB
     moved(host, target)
+
+
+def test_each_round_leaves_whole(host, target, monkeypatch):
+    """Nothing of a round waits in the compressor while the sender looks what was written since:
+    the other end has it all, and the time to work on it."""
+    start(host, cmdline="touch=2M threads=0")
+    channels, left = [], []
+    channel_of, look = Receiver.channel, LiveWriter.look
+
+    def channel(receiver, *options):
+        channels.append(channel_of(receiver, *options))
+        return channels[-1]
+
+    def looking(writer):
+        before = channels[-1].wire_bytes()
+        channels[-1].flush()
+        left.append(channels[-1].wire_bytes() - before)
+        look(writer)
+
+    monkeypatch.setattr(Receiver, "channel", channel)
+    monkeypatch.setattr(LiveWriter, "look", looking)
+    result = migrate_live(host, target, limits=Limits(), compress_level=1)
+    assert left == [0] * (result.nr_rounds - 1)
+    assert left
 
 
 def test_a_bandwidth_is_kept(host, target):
