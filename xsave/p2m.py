@@ -77,10 +77,10 @@ def locate(domctl: Domctl, shared: SharedInfo) -> Located:
 
 
 def read(domctl: Domctl, located: Located, pfns: np.ndarray) -> np.ndarray:
-    """Return the p2m's entries of these pfns (n,) i64; what names no frame of the guest is a hole
-    (foreign, identity, or nonsense)."""
+    """Return the p2m's entries of these pfns (n,) i64, which ascend, none twice; what names no
+    frame of the guest is a hole (foreign, identity, or nonsense)."""
     machine = domctl.machine
-    if pfns.size == located.size:
+    if pfns.size == located.size:  # all of them
         entries = machine.mem[located.leaves].reshape(-1)[: pfns.size]
     else:
         entries = machine.mem[located.leaves[pfns // PER_PAGE], pfns % PER_PAGE]

@@ -395,7 +395,6 @@ class PageTables:
         held = self._hold_new(mfns)
         for mfn in held:
             self.pinned[mfn] = 1
-            self.mark(mfn)
         return [mfn in held or self.pin(mfn, PGT_L1) == 0 for mfn in mfns]
 
     def unpin(self, mfn: int) -> int:

@@ -37,6 +37,7 @@ _PAGE_IS_WRITTEN = 2
 #: Of struct pm_scan_arg, twelve u64.
 _SCAN_BYTES = 96
 _MAX_REGIONS = 4096
+#: A gap of so many pages costs less than a scan more.
 _GAP_PAGES = 1 << 12
 #: From so many on (a millisecond's scan) two threads share the work.
 _LARGE_PAGES = 1 << 17
@@ -77,7 +78,7 @@ class WriteProtection:
         if nr_pages < _LARGE_PAGES:
             regions = self._scan(spans, flags)
         else:
-            regions = self._scan_bothhalves(*halves(spans, nr_pages // 2), flags)
+            regions = self._scan_in_halves(*halves(spans, nr_pages // 2), flags)
         offsets = (regions[:, :2] - np.uint64(self._address)) >> np.uint64(PAGE_SHIFT)
         return pages_within(offsets.astype(np.int64), runs)
 
@@ -105,7 +106,7 @@ class WriteProtection:
                 start = max(words[4], int(regions[-1, 1]))
         return np.concatenate((*full, regions[:used]))
 
-    def _scan_bothhalves(
+    def _scan_in_halves(
         self, runs: Sequence[tuple[int, int]], others: Sequence[tuple[int, int]], flags: int
     ) -> np.ndarray:
         """The guest stands still meanwhile, and its processor may have nothing else to do."""

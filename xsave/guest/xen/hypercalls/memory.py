@@ -91,9 +91,7 @@ def _decrease(hv: Hypervisor, mfns: list[int]) -> int:
 def _populate(hv: Hypervisor, pfns: list[int], extents: int) -> int:
     """Put fresh frames behind the pfns, as many as there are."""
     mfns = _take(hv, len(pfns))
-    machine = hv.domain.machine
-    machine.m2p[mfns] = np.array(pfns[: len(mfns)], np.uint64)
-    machine.mark(mfns)
+    hv.domain.machine.m2p[mfns] = np.array(pfns[: len(mfns)], np.uint64)
     hv.write(extents, mfns.tobytes())
     return len(mfns)
 
