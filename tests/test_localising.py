@@ -48,6 +48,12 @@ class Door(StandIn):
             assert np.array_equal(self.pinned.pop(mfn), self.machine.mem[mfn])
         return lambda: None
 
+    def ask_pin(self, mfns, levels, own, ahead):
+        assert not self.pinned.keys() & set(mfns.tolist())
+        self.ask_unpin(ahead)
+        self.asked = dict(zip(mfns.tolist(), levels.tolist(), strict=True))
+        self.pinned |= {mfn: self.machine.mem[mfn].copy() for mfn in mfns[own].tolist()}
+
     def write_frames(self, mfns, pages, rows):
         assert not self.pinned.keys() & set(mfns.tolist())
         super().write_frames(mfns, pages, rows)
@@ -110,13 +116,14 @@ def replay(sequence):
             if not localiser.work_ahead():
                 break
     localiser.run()
-    own = {pfn for pfn, (kind, _) in last.items() if kind == PageType.L1TAB_PINNED}
-    ahead = {pfn for pfn in own if int(memory.p2m[pfn]) in door.pinned}
+    tables = {pfn for pfn, (kind, _) in last.items() if kind < PageType.BROKEN and kind & 7}
+    own = {pfn for pfn in tables if last[pfn][0] == PageType.L1TAB_PINNED}
+    ahead = {pfn for pfn in tables if int(memory.p2m[pfn]) in door.pinned}
+    assert len(ahead) == len(door.pinned)
+    localiser.ask_pin()
     # What is pinned cannot be again.
-    assert localiser.still_to_pin().tolist() == sorted(own - ahead)
-    wait = localiser.ask_unpin()
-    wait()
-    assert door.pinned.keys() == {int(memory.p2m[pfn]) for pfn in ahead}
+    assert door.asked == {int(memory.p2m[pfn]): 1 for pfn in tables - ahead}
+    assert door.pinned.keys() == {int(memory.p2m[pfn]) for pfn in own}
     memory.complete()
     return door, memory, last
 

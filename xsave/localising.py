@@ -25,6 +25,7 @@ _INVALID = np.uint64(INVALID_P2M_ENTRY)
 #: Tables that are pinned ahead at once: a millisecond's work or two.
 _PIN_BATCH = 64
 _LOCALISE_BATCH = 256
+_BY_PFN = ("_tables", "_waiting", "_l1", "_ahead", "_untried", "_pinned", "_own_pins")
 
 
 class Localiser:
@@ -35,16 +36,17 @@ class Localiser:
         self._memory = memory
         memory.before_renewal, memory.after_renewal = self._forget, self._sort
         nr_pfns = memory.p2m.size
-        # By pfn. Of tables: not localised yet, and of level 1; localised; to be pinned by us; of
-        # those, tried, and done; to be pinned in the end.
-        self._waiting, self._l1 = np.zeros(nr_pfns, bool), np.zeros(nr_pfns, bool)
+        # By pfn. Tables; not localised yet; of level 1; localised; to be pinned ahead; pinned so;
+        # to be pinned in the end.
+        self._tables, self._waiting = np.zeros(nr_pfns, bool), np.zeros(nr_pfns, bool)
+        self._l1 = np.zeros(nr_pfns, bool)
         self._ahead = np.zeros(nr_pfns, bool)
         self._untried, self._pinned = np.zeros(nr_pfns, bool), np.zeros(nr_pfns, bool)
         self._own_pins = np.zeros(nr_pfns, bool)
 
     def _grow(self) -> None:
         more = np.zeros(self._memory.p2m.size - self._ahead.size, bool)
-        for name in ("_waiting", "_l1", "_ahead", "_untried", "_pinned", "_own_pins"):
+        for name in _BY_PFN:
             setattr(self, name, np.append(getattr(self, name), more))
 
     def _forget(self, pfns: np.ndarray) -> None:
@@ -61,7 +63,7 @@ class Localiser:
         """These have come: which of them are tables?"""
         types = self._memory.types[pfns]
         levels = table_levels(types)
-        self._waiting[pfns] = levels != 0
+        self._tables[pfns] = self._waiting[pfns] = levels != 0
         self._l1[pfns] = levels == 1
         self._own_pins[pfns] = (levels != 0) & (types & TYPE_PIN != 0)
 
@@ -70,15 +72,15 @@ class Localiser:
             self._domctl.ask_unpin(self._memory.p2m[pfns])()
             self._pinned[pfns] = False
 
-    def still_to_pin(self) -> np.ndarray:
-        """Return the pfns of the tables that the guest has pinned and that are not pinned yet."""
-        return np.flatnonzero(self._own_pins & ~self._pinned)
-
-    def ask_unpin(self) -> Callable[[], object]:
-        """Undo those pins of what was pinned ahead that are not the guest's own; return what waits
-        until that is done."""
-        pfns = np.flatnonzero(self._pinned & ~self._own_pins)
-        return self._domctl.ask_unpin(self._memory.p2m[pfns]) if pfns.size else _nothing
+    def ask_pin(self) -> Callable[[], object]:
+        """All is localised: have the tables that the guest has pinned pinned, and the pins ahead
+        that are not its own undone; return what waits until that is done."""
+        memory = self._memory
+        pfns = np.flatnonzero(self._tables & ~self._pinned)
+        ahead = np.flatnonzero(self._pinned & ~self._own_pins)
+        return self._domctl.ask_pin(
+            memory.p2m[pfns], memory.types[pfns] & 7, self._own_pins[pfns], memory.p2m[ahead]
+        )
 
     def work_ahead(self) -> bool:
         """Records are still to come: do a part of what can be done. False if nothing can."""
@@ -197,7 +199,3 @@ class Localiser:
             expected=expected,
             found=found,
         )
-
-
-def _nothing() -> None:
-    """There is nothing to wait for."""

@@ -101,14 +101,11 @@ class Settler:
     def _pinning(self) -> Iterator[None]:
         """The domain's process validates and pins the tables; what is wrong with them comes
         before what is wrong elsewhere."""
-        types, pinned = self._memory.types, self._localiser.still_to_pin()
-        wait = self._domctl.ask_pin(self._memory.p2m[pinned], types[pinned] & 7)
-        unpinned = self._localiser.ask_unpin()
+        wait = self._localiser.ask_pin()
         try:
             yield
         finally:
             self._wait_for_pins(wait)
-            unpinned()
 
     def _wait_for_pins(self, wait: Callable[[], object]) -> None:
         try:

@@ -16,12 +16,21 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from tests.guest.pagetable_model import CODE, REFUSED, XEN_ENTRIES, Model, recount
+from tests.guest.pagetable_model import (
+    CODE,
+    FORBIDDEN,
+    FRAME,
+    REFUSED,
+    XEN_ENTRIES,
+    Model,
+    recount,
+)
 from tests.guest.rig import FULL, MIB, READ_ONLY, Machines
 from xsave.frames import PTE_GLOBAL, PTE_NX, PTE_PCD, PTE_PRESENT, PTE_PSE, PTE_USER
 from xsave.guest.xen.domctl import Domctl
 from xsave.guest.xen.pagetable import PageTables
 from xsave.guest.xen.pagetypes import PGT_L4, PGT_NONE, PGT_SEG_DESC, PGT_WRITABLE, PGT_XEN
+from xsave.guest.xen.pins import Pins
 
 DOMID, OTHER = 1, 2
 #: What each frame of the small world is mostly used as; two of each level, four plain ones.
@@ -164,7 +173,47 @@ class World(RuleBasedStateMachine):
                 assert self.model.attempt(self.model.unpin, mfn) == 0
             else:
                 left.append(mfn)
-        assert self.tables.unpin_used(np.array(mfns, np.uint64)).tolist() == left
+        assert Pins(self.tables).unpin_used(np.array(mfns, np.uint64)).tolist() == left
+
+    @rule(which=st.sets(st.integers(0, 19)), level=st.integers(1, 4))
+    def pin_many(self, which, level):
+        """What is in no use and names only what is in use as it should be is pinned at once; of
+        level 1 all that are in no use and valid beside each other, or none."""
+        mfns = sorted({self.names[i] for i in which})
+        ready = self.pin_ready(mfns, level)
+        pinned = Pins(self.tables).pin(np.array(mfns, np.uint64), level)
+        assert pinned.tolist() == [mfn in ready for mfn in mfns]
+
+    @rule(which=st.sets(st.integers(0, 19)))
+    def pin_l1s(self, which):
+        """The same, and then whatever else can be pinned as an L1 table."""
+        mfns = sorted({self.names[i] for i in which})
+        ready = self.pin_ready(mfns, 1)
+        for mfn in mfns:
+            if mfn not in ready and self.model.attempt(self.model.pin, mfn, 1) == 0:
+                ready.append(mfn)
+        pinned = Pins(self.tables).pin_l1s(np.array(mfns, np.uint64))
+        assert pinned.tolist() == [mfn in ready for mfn in mfns]
+
+    def pin_ready(self, mfns, level):
+        """Pin in the model what can be at once."""
+        model = self.model
+        new = [mfn for mfn in mfns if model.count.get(mfn) == 0]
+        if level == 1:
+            return new if model.attempt(lambda: [model.pin(mfn, 1) for mfn in new]) == 0 else []
+        ready = [mfn for mfn in new if self.names_tables(mfn, level)]
+        for mfn in ready:
+            model.pin(mfn, level)
+        return ready
+
+    def names_tables(self, mfn, level):
+        """True if all entries name tables of the level below that are in use."""
+        model = self.model
+        entries = [entry for _, entry in model.guests_entries(mfn, level)]
+        targets = [(entry & FRAME) >> 12 for entry in entries]
+        return not any(entry & FORBIDDEN[level] for entry in entries) and all(
+            model.count.get(target) and model.type[target] == level - 1 for target in targets
+        )
 
     @rule(where=where_any, want=st.sampled_from([PGT_L4, PGT_SEG_DESC, PGT_WRITABLE]))
     def hold(self, where, want):

@@ -22,6 +22,7 @@ from xsave.frames import (
 from xsave.guest.xen.machine import DOMID_FREE, M2P_FIRST_FRAME
 from xsave.guest.xen.pagetable import PageTables
 from xsave.guest.xen.pagetypes import PGT_L1, PGT_L2, PGT_L4, PGT_SEG_DESC, PGT_WRITABLE, PGT_XEN
+from xsave.guest.xen.pins import Pins
 
 DOMID = 1
 
@@ -62,6 +63,21 @@ def test_forbidden_flags(tables, level, flag):
     """Superpages, cache attributes and (above L1) global entries are refused."""
     table, target = tables.frames[:2]
     refused_both_ways(tables, table, level, target << 12 | PTE_PRESENT | flag)
+
+
+@pytest.mark.parametrize(("level", "flag"), FORBIDDEN_FLAGS)
+def test_forbidden_flags_of_tables_in_use(tables, level, flag):
+    """The same where many tables are pinned at once, and the entry names what is in use."""
+    table, target, other = tables.frames[:3]
+    if level > PGT_L1:
+        assert tables.pin(target, level - 1) == 0
+    pins, mfns = Pins(tables), np.array([table, other], np.uint64)
+    write(tables, table, 1, target, PTE_PRESENT | flag)
+    assert pins.pin(mfns, level).tolist() == [False, level > PGT_L1]
+    assert not tables.refs[target]
+    write(tables, table, 1, target, PTE_PRESENT)
+    assert pins.pin(mfns, level).tolist() == [True, level == PGT_L1]
+    assert tables.refs[target] == 1
 
 
 @pytest.mark.parametrize("level", range(PGT_L1, PGT_L4 + 1))

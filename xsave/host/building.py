@@ -23,6 +23,7 @@ from xsave.guest.xen.cpuid import XEN_VERSION, CpuPolicy
 from xsave.guest.xen.domain import Domain
 from xsave.guest.xen.hypercalls import table
 from xsave.guest.xen.hypervisor import Hypervisor
+from xsave.guest.xen.pins import Pins
 from xsave.guest.xen.time import RealClock, VirtualClock
 from xsave.guest.xen.wire import pack_blobs, unpack_blobs
 from xsave.host import bootconfig
@@ -208,22 +209,35 @@ class Building:
         return {}, b""
 
     def op_pin(self, request: Request) -> Answer:
-        domain = self._unbuilt()
-        mfns_raw, levels_raw = unpack_blobs(request.blob, 2)
-        mfns = np.frombuffer(mfns_raw, np.uint64).tolist()
-        for mfn, level in zip(mfns, levels_raw, strict=True):
-            if rc := domain.tables.pin(mfn, level):
-                pfn = int(domain.machine.m2p[mfn]) if domain.tables.owned(mfn) else mfn
-                raise HostCannotTake(
-                    f"the page table at pfn {pfn:#x} is no valid table of level {level} ({rc})",
-                    pfn=pfn,
-                )
+        """The guest's own pins. A table that is pinned beside them may be odd, and in the way."""
+        tables, pins = self._unbuilt().tables, Pins(self._unbuilt().tables)
+        mfns_raw, levels_raw, own_raw, ahead_raw = unpack_blobs(request.blob, 4)
+        mfns, levels = np.frombuffer(mfns_raw, np.uint64), np.frombuffer(levels_raw, np.uint8)
+        own = np.frombuffer(own_raw, bool)
+        pinned = pins.pin_levels(mfns, levels)
+        others = np.concatenate((mfns[pinned & ~own], np.frombuffer(ahead_raw, np.uint64)))
+        rest = own & ~pinned
+        for mfn, level in zip(mfns[rest].tolist(), levels[rest].tolist(), strict=True):
+            rc = tables.pin(mfn, level)
+            if rc and others.size:
+                self._unpin(others)
+                others = others[:0]
+                rc = tables.pin(mfn, level)
+            if rc:
+                raise self._no_table(mfn, level, rc)
+        self._unpin(others)
         return {}, b""
+
+    def _no_table(self, mfn: int, level: int, rc: int) -> HostCannotTake:
+        domain = self._running.domain
+        pfn = int(domain.machine.m2p[mfn]) if domain.tables.owned(mfn) else mfn
+        what = f"the page table at pfn {pfn:#x} is no valid table of level {level} ({rc})"
+        return HostCannotTake(what, pfn=pfn)
 
     def op_pin_l1s(self, request: Request) -> Answer:
         """Those that cannot be pinned, or not yet, are nobody's fault."""
-        mfns = np.frombuffer(request.blob, np.uint64).tolist()
-        return {}, bytes(self._unbuilt().tables.pin_l1s(mfns))
+        mfns = np.frombuffer(request.blob, np.uint64)
+        return {}, Pins(self._unbuilt().tables).pin_l1s(mfns).tobytes()
 
     def op_touch(self, request: Request) -> Answer:
         machine = self._unbuilt().machine
@@ -233,11 +247,14 @@ class Building:
         return {}, b""
 
     def op_unpin(self, request: Request) -> Answer:
+        self._unpin(np.frombuffer(request.blob, np.uint64))
+        return {}, b""
+
+    def _unpin(self, mfns: np.ndarray) -> None:
         tables = self._unbuilt().tables
-        for mfn in tables.unpin_used(np.frombuffer(request.blob, np.uint64)).tolist():
+        for mfn in Pins(tables).unpin_used(mfns).tolist():
             if rc := tables.unpin(mfn):
                 raise HostCannotTake(f"frame {mfn:#x} is no pinned page table ({rc})")
-        return {}, b""
 
     def op_setstate(self, request: Request) -> Answer:
         domain, arguments = self._unbuilt(), request.arguments

@@ -395,11 +395,15 @@ class Domctl:
         blob = pack_blobs(state.context, state.extended, state.xsave, state.msrs)
         return self._post("setvcpu", blob, vcpu_id=state.vcpu_id).wait
 
-    def ask_pin(self, mfns: np.ndarray, levels: np.ndarray) -> Callable[[], object]:
-        """Have page tables validated and pinned. Raises HostCannotTake naming the first page
-        table that was refused, when it is waited for."""
-        blob = pack_blobs(mfns.astype("<u8").tobytes(), levels.astype(np.uint8).tobytes())
-        return self._post("pin", blob).wait
+    def ask_pin(
+        self, mfns: np.ndarray, levels: np.ndarray, own: np.ndarray, ahead: np.ndarray
+    ) -> Callable[[], object]:
+        """Have page tables, of these levels, validated, and those that are the guest's own pins
+        (n,) bool pinned. ahead: frames (m,) whose pins from before are undone then. Raises
+        HostCannotTake naming the first page table of the guest's own that was refused, when it
+        is waited for."""
+        parts = mfns.astype("<u8"), levels.astype(np.uint8), own, ahead.astype("<u8")
+        return self._post("pin", pack_blobs(*(part.tobytes() for part in parts))).wait
 
     def pin_l1s(self, mfns: np.ndarray) -> np.ndarray:
         """Pin those of these frames, all different, that are valid L1 tables now; return which,

@@ -221,9 +221,9 @@ class PageTables:
         """Validate the new L1 tables that entries of an L2 name, all at once, as many together
         are cheap; return those that got a reference so. If one is wrong nothing happens: it is
         found when each is taken by itself."""
-        return self._hold_new({(entry & PTE_FRAME_MASK) >> PAGE_SHIFT for entry in entries})
+        return self.hold_new({(entry & PTE_FRAME_MASK) >> PAGE_SHIFT for entry in entries})
 
-    def _hold_new(self, mfns: Collection[int]) -> list[int]:
+    def hold_new(self, mfns: Collection[int]) -> list[int]:
         """Take a reference of type L1 on those of these frames that have none at all, on none
         if one of them is no valid table; return which."""
         new = [mfn for mfn in mfns if self.owned(mfn) and not self.count[mfn]]
@@ -389,14 +389,6 @@ class PageTables:
             self.mark(mfn)
         return rc
 
-    def pin_l1s(self, mfns: Collection[int]) -> list[bool]:
-        """Pin different frames as L1 tables, those that can be; return which. All at once, if all
-        are new and valid."""
-        held = self._hold_new(mfns)
-        for mfn in held:
-            self.pinned[mfn] = 1
-        return [mfn in held or self.pin(mfn, PGT_L1) == 0 for mfn in mfns]
-
     def unpin(self, mfn: int) -> int:
         """MMUEXT_UNPIN_TABLE. 0 or -errno."""
         if not self.owned(mfn) or not self.pinned[mfn]:
@@ -406,20 +398,6 @@ class PageTables:
         self.put_type(mfn)
         self.unflushed = True
         return 0
-
-    def unpin_used(self, mfns: np.ndarray) -> np.ndarray:
-        """Unpin those of these frames, all different, that are pinned and stay in use all the
-        same, at once; return the others."""
-        m, inside = self.machine, mfns < self.nr_frames
-        frames = np.where(inside, mfns, 0).view(np.int64)
-        used = inside & (m.owner[frames] == self.domid)
-        used &= (m.pinned[frames] != 0) & (m.type_count[frames] > 1)
-        frames = frames[used]
-        m.pinned[frames] = 0
-        m.type_count[frames] -= ONE
-        m.mark(frames)
-        self.unflushed = self.unflushed or bool(frames.size)
-        return mfns[~used]
 
     # -- the software walk ---
 
