@@ -57,4 +57,6 @@ def test_what_was_written_is_found(pages, protection, monkeypatch, large, gap, m
         assert np.array_equal(protection.written(RUNS, clear=False), expected)
         assert np.array_equal(protection.written(RUNS, clear=True), expected)
         assert not protection.written(RUNS, clear=False).size
+        # Nor did what lies between get a protection: to scan it would cost as much as the runs.
+        assert protection.written([(710, 90)], clear=False).size == 90
     assert not protection.written([], clear=True).size

@@ -14,8 +14,8 @@ import numpy as np
 
 from xsave.distinct import distinct
 from xsave.errors import GuestStateError, StorageError, UsageError
-from xsave.guest.xen.logdirty import COMPARE, KINDS, USERFAULTFD, chunk_runs
-from xsave.guest.xen.writeprotect import WriteProtection
+from xsave.guest.xen.logdirty import COMPARE, KINDS, USERFAULTFD
+from xsave.guest.xen.writtenframes import WrittenFrames
 from xsave.host.control import Client, Request
 from xsave.host.running import RunningDomain
 from xsave.host.throttle import MAX_PERCENT
@@ -30,7 +30,7 @@ class Dirtying:
     def __init__(self, running: RunningDomain) -> None:
         self._running = running
         self._holder: Client | None = None
-        self._protection: WriteProtection | None = None
+        self._written: WrittenFrames | None = None
 
     def op_logdirty(self, request: Request) -> Answer:
         """XEN_DOMCTL_SHADOW_OP_{ENABLE_LOGDIRTY,PEEK,CLEAN,OFF}, and `mark` with mfns."""
@@ -58,24 +58,13 @@ class Dirtying:
         machine = self._running.machine
         if wanted != COMPARE:
             try:
-                self._protection = self._protect()
+                self._written = WrittenFrames(machine, self._running.domid)
             except StorageError:
                 if wanted == USERFAULTFD:
                     raise
         self._holder = request.client
         machine.marked = set()
-        return COMPARE if self._protection is None else USERFAULTFD
-
-    def _protect(self) -> WriteProtection:
-        running = self._running
-        machine = running.machine
-        protection = WriteProtection(machine.pages.ctypes.data, machine.nr_frames)
-        try:
-            protection.protect(chunk_runs(machine, running.domid))
-        except OSError as e:
-            protection.close()
-            raise StorageError(f"writes cannot be logged by write protection: {e}") from e
-        return protection
+        return COMPARE if self._written is None else USERFAULTFD
 
     def _mark(self, mfns: np.ndarray) -> None:
         machine = self._running.machine
@@ -88,17 +77,9 @@ class Dirtying:
         marked = np.fromiter(machine.marked or (), np.int64)
         if clear:
             machine.marked = set()
-        return distinct((marked, self._written(clear=clear)))
-
-    def _written(self, *, clear: bool) -> np.ndarray:
-        machine, domid = self._running.machine, self._running.domid
-        if self._protection is None:
-            return np.empty(0, np.int64)
-        try:
-            written = self._protection.written(chunk_runs(machine, domid), clear=clear)
-        except OSError as e:
-            raise StorageError(f"the log of dirty frames cannot be read: {e}") from e
-        return written[machine.owner[written] == domid]
+        if self._written is None:
+            return distinct((marked,))
+        return distinct((marked, self._written.written(clear=clear)))
 
     def op_throttle(self, request: Request) -> Answer:
         """How much of the time the vCPUs are to rest, in percent."""
@@ -112,9 +93,9 @@ class Dirtying:
 
     def off(self) -> None:
         """No log, no brake."""
-        if self._protection is not None:
-            self._protection.close()
-        self._holder, self._protection, self._running.machine.marked = None, None, None
+        if self._written is not None:
+            self._written.close()
+        self._holder, self._written, self._running.machine.marked = None, None, None
         self._running.throttle.percent = 0
 
     def closed(self, client: Client) -> None:

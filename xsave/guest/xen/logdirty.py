@@ -2,7 +2,7 @@
 
 Two implementations behind one door, Domctl.log_dirty():
 
-    userfaultfd   the domain's process write-protects its own mapping (writeprotect.py) and
+    userfaultfd   the domain's process write-protects its own mapping (writtenframes.py) and
                   answers which frames lost the protection. A round's pages are read from their
                   frames: whatever is written after clean() is dirty again.
     compare       for kernels without that. Here every frame is compared with the copy that was
@@ -25,7 +25,7 @@ from typing import Protocol
 import numpy as np
 
 from xsave.distinct import distinct
-from xsave.guest.xen.machine import CHUNK_FRAMES, Machine
+from xsave.guest.xen.machine import Machine
 
 USERFAULTFD, COMPARE = "userfaultfd", "compare"
 KINDS = (USERFAULTFD, COMPARE)
@@ -136,15 +136,3 @@ class CompareLog:
 
 def _frames(answer: bytes) -> np.ndarray:
     return np.frombuffer(answer, np.uint32).astype(np.int64)
-
-
-def chunk_runs(machine: Machine, domid: int) -> list[tuple[int, int]]:
-    """Return runs (first, nr) of whole chunks of frames that hold all frames of the domain."""
-    nr_chunks = -(-machine.nr_frames // CHUNK_FRAMES)
-    owned = np.zeros(nr_chunks * CHUNK_FRAMES, bool)
-    np.equal(machine.owner, domid, out=owned[: machine.nr_frames])
-    chunks = np.zeros(nr_chunks + 2, bool)
-    owned.reshape(nr_chunks, CHUNK_FRAMES).any(axis=1, out=chunks[1:-1])
-    edges = np.flatnonzero(np.diff(chunks)) * CHUNK_FRAMES
-    ends = np.minimum(edges[1::2], machine.nr_frames)
-    return list(zip(edges[::2].tolist(), (ends - edges[::2]).tolist(), strict=True))

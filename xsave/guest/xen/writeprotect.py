@@ -73,7 +73,8 @@ class WriteProtection:
         """Return the pages (n,) i64 of these runs (first, nr) that lost their protection; with
         clear they have it again. Raises OSError."""
         flags = _SCAN_CHECK_WPASYNC | (_SCAN_WP_MATCHING if clear else 0)
-        spans = _joined(runs)
+        # With clear what lies in a gap would get the protection, too.
+        spans = list(runs) if clear else _joined(runs)
         nr_pages = sum(nr for _, nr in spans)
         if nr_pages < _LARGE_PAGES:
             regions = self._scan(spans, flags)
