@@ -44,13 +44,18 @@ class Door(StandIn):
         return np.array(found, bool)
 
     def ask_unpin(self, mfns):
-        for mfn in mfns.tolist():
-            assert np.array_equal(self.pinned.pop(mfn), self.machine.mem[mfn])
-        return lambda: None
+        assert self.pinned.keys() >= set(mfns.tolist())
+
+        def wait():
+            """Until somebody waits it may not have happened."""
+            for mfn in mfns.tolist():
+                assert np.array_equal(self.pinned.pop(mfn), self.machine.mem[mfn])
+
+        return wait
 
     def ask_pin(self, mfns, levels, own, ahead):
         assert not self.pinned.keys() & set(mfns.tolist())
-        self.ask_unpin(ahead)
+        self.ask_unpin(ahead)()
         self.asked = dict(zip(mfns.tolist(), levels.tolist(), strict=True))
         self.pinned |= {mfn: self.machine.mem[mfn].copy() for mfn in mfns[own].tolist()}
 

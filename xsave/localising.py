@@ -25,7 +25,7 @@ _INVALID = np.uint64(INVALID_P2M_ENTRY)
 #: Tables that are pinned ahead at once: a millisecond's work or two.
 _PIN_BATCH = 64
 _LOCALISE_BATCH = 256
-_BY_PFN = ("_tables", "_waiting", "_l1", "_ahead", "_untried", "_pinned", "_own_pins")
+_BY_PFN = ("_tables", "_waiting", "_l1", "_ahead", "_untried", "_pinned", "_own_pins", "_seen")
 
 
 class Localiser:
@@ -33,8 +33,10 @@ class Localiser:
 
     def __init__(self, domctl: Domctl, memory: Memory) -> None:
         self._domctl = domctl
+        self._machine = domctl.machine
         self._memory = memory
         memory.before_renewal, memory.after_renewal = self._forget, self._sort
+        memory.before_writing = self._wait_for_unpins
         nr_pfns = memory.p2m.size
         # By pfn. Tables; not localised yet; of level 1; localised; to be pinned ahead; pinned so;
         # to be pinned in the end.
@@ -43,6 +45,8 @@ class Localiser:
         self._ahead = np.zeros(nr_pfns, bool)
         self._untried, self._pinned = np.zeros(nr_pfns, bool), np.zeros(nr_pfns, bool)
         self._own_pins = np.zeros(nr_pfns, bool)
+        self._seen = np.zeros(nr_pfns, bool)  # upper tables that this process has touched
+        self._unpinned: Callable[[], object] = _nothing  # waits for what was asked for last
 
     def _grow(self) -> None:
         more = np.zeros(self._memory.p2m.size - self._ahead.size, bool)
@@ -56,7 +60,7 @@ class Localiser:
         if self._pinned[pfns].any():
             coming = np.zeros(self._pinned.size, bool)
             coming[pfns] = True
-            self._unpin(np.flatnonzero(self._pinned & coming))
+            self._ask_unpin(np.flatnonzero(self._pinned & coming))
         self._ahead[pfns] = self._untried[pfns] = False
 
     def _sort(self, pfns: np.ndarray) -> None:
@@ -67,10 +71,15 @@ class Localiser:
         self._l1[pfns] = levels == 1
         self._own_pins[pfns] = (levels != 0) & (types & TYPE_PIN != 0)
 
-    def _unpin(self, pfns: np.ndarray) -> None:
+    def _ask_unpin(self, pfns: np.ndarray) -> None:
+        """Neither the bytes nor the frames of these may change before _wait_for_unpins()."""
         if pfns.size:
-            self._domctl.ask_unpin(self._memory.p2m[pfns])()
+            self._unpinned = self._domctl.ask_unpin(self._memory.p2m[pfns])
             self._pinned[pfns] = False
+
+    def _wait_for_unpins(self) -> None:
+        wait, self._unpinned = self._unpinned, _nothing
+        wait()
 
     def ask_pin(self) -> Callable[[], object]:
         """All is localised: have the tables that the guest has pinned pinned, and the pins ahead
@@ -90,6 +99,14 @@ class Localiser:
         if pfns.size:
             self._untried[pfns] = False
             self._pinned[pfns] = self._domctl.pin_l1s(self._memory.p2m[pfns])
+            return True
+        return self._touch_ahead()
+
+    def _touch_ahead(self) -> bool:
+        """The upper tables are read at the end: the first touch takes the longest of that."""
+        pfns = np.flatnonzero(self._waiting & ~self._l1 & ~self._seen)[:_LOCALISE_BATCH]
+        self._seen[pfns] = True
+        self._machine.mem[self._memory.p2m[pfns], 0].any()
         return pfns.size > 0
 
     def _localise_ahead(self) -> bool:
@@ -137,7 +154,8 @@ class Localiser:
 
     def _go_back(self) -> None:
         """Some frames are to be dropped: tables may name them."""
-        self._unpin(np.flatnonzero(self._pinned))
+        self._ask_unpin(np.flatnonzero(self._pinned))
+        self._wait_for_unpins()
         pfns = np.flatnonzero(self._ahead)
         tables = self._memory.read_tables(pfns)
         levels = np.ones(pfns.size, np.uint8)
@@ -199,3 +217,7 @@ class Localiser:
             expected=expected,
             found=found,
         )
+
+
+def _nothing() -> None:
+    """There is nothing to wait for."""

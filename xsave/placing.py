@@ -54,6 +54,8 @@ class Memory:
         self._queued = np.zeros(p2m_size, bool)  # ever left to the thread
         #: Hears which pfns (n,) come, before anything of them changes.
         self.before_renewal: Callable[[np.ndarray], None] = lambda pfns: None
+        #: Is called before the bytes of any of them change.
+        self.before_writing: Callable[[], None] = lambda: None
         #: Hears of the same pfns when their types are known.
         self.after_renewal: Callable[[np.ndarray], None] = lambda pfns: None
         #: For who keeps the p2m's pages: of which of these some pfns have another frame than when
@@ -87,6 +89,7 @@ class Memory:
         self._offsets[with_data] = where + np.uint64(batch.pages_offset)
         if with_data.size:
             rows = self._rows_to_write(with_data, batch.pages, zero)
+            self.before_writing()
             self._write(with_data[rows], batch.pages, rows)
 
     def place_types(self, pfns: np.ndarray, types: np.ndarray) -> None:
