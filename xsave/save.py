@@ -179,21 +179,22 @@ class Writer:
     def _write_tail(
         self, seen: Seen, vcpus: list[VcpuState], contexts: list[VcpuGuestContext]
     ) -> None:
+        """At once: each write wakes whoever reads."""
         state, page, shared = seen.state, seen.page, seen.shared
-        self._record(libxc.X86TscInfo(*state.tsc))
+        tail: list[object] = [libxc.X86TscInfo(*state.tsc)]
         if not state.never_run and shared.arch.p2m_cr3:
             shared.arch.p2m_cr3 = self._pfn(shared.arch.p2m_cr3 >> 12, "the p2m's cr3") << 12
         normalise_shared_info(shared)
-        self._record(libxc.SharedInfo(bytes(shared) + page[ctypes.sizeof(shared) :]))
+        tail.append(libxc.SharedInfo(bytes(shared) + page[ctypes.sizeof(shared) :]))
         for vcpu, context in zip(vcpus, contexts, strict=True):
-            self._record(libxc.X86PvVcpuBasic(vcpu.vcpu_id, bytes(context)))
+            tail.append(libxc.X86PvVcpuBasic(vcpu.vcpu_id, bytes(context)))
             if vcpu.extended:
-                self._record(libxc.X86PvVcpuExtended(vcpu.vcpu_id, vcpu.extended))
+                tail.append(libxc.X86PvVcpuExtended(vcpu.vcpu_id, vcpu.extended))
             if vcpu.xsave:
-                self._record(libxc.X86PvVcpuXsave(vcpu.vcpu_id, vcpu.xsave))
+                tail.append(libxc.X86PvVcpuXsave(vcpu.vcpu_id, vcpu.xsave))
             if vcpu.msrs:
-                self._record(libxc.X86PvVcpuMsrs(vcpu.vcpu_id, vcpu.msrs))
-        self._write(StreamEncoder.trailer("xl"))
+                tail.append(libxc.X86PvVcpuMsrs(vcpu.vcpu_id, vcpu.msrs))
+        self._write(*map(StreamEncoder.record, tail), StreamEncoder.trailer("xl"))
 
     # -- pages ---
 
