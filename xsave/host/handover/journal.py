@@ -22,7 +22,7 @@ import secrets
 import time
 import zlib
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -73,15 +73,23 @@ class Journal:
 
     def read(self) -> Entry:
         """Raises NotFound."""
-        return self._newest()[1]
+        with self._open(os.O_RDONLY) as fd:
+            return self._newest(fd)[1]
 
-    def _newest(self) -> tuple[int, Entry]:
-        """Return (number, entry) of the last change."""
+    @contextlib.contextmanager
+    def _open(self, flags: int) -> Iterator[int]:
         try:
-            data = self.path.read_bytes()
+            fd = os.open(self.path, flags | os.O_CLOEXEC)
         except OSError as e:
             raise NotFound(f"no migration {self.path.stem} on this host: {e.strerror}") from e
-        slots = [_decode(data[at : at + _SLOT_BYTES]) for at in (0, _SLOT_BYTES)]
+        try:
+            yield fd
+        finally:
+            os.close(fd)
+
+    def _newest(self, fd: int) -> tuple[int, Entry]:
+        """Return (number, entry) of the last change."""
+        slots = [_decode(os.pread(fd, _SLOT_BYTES, at)) for at in (0, _SLOT_BYTES)]
         whole = [slot for slot in slots if slot is not None]
         if not whole:
             raise NotFound(f"{self.path} is no journal of a migration")
@@ -93,8 +101,8 @@ class Journal:
 
         Raises GuestStateError if the journal says otherwise, StorageError, NotFound."""
         allowed, after = STEPS[step]
-        with self._locked():
-            number, entry = self._newest()
+        with self._locked(), self._open(os.O_RDWR) as fd:
+            number, entry = self._newest(fd)
             if entry.state == after:
                 return entry
             if entry.state not in allowed or (only_in and entry.state != only_in):
@@ -103,23 +111,19 @@ class Journal:
                     f"{step} any more",
                     state=str(entry.state),
                 )
-            return self._write(number + 1, replace(entry, state=after, **changes))
+            return self._write(fd, number + 1, replace(entry, state=after, **changes))
 
     def note(self, **changes: Any) -> Entry:
         """Write down what is no step."""
-        with self._locked():
-            number, entry = self._newest()
-            return self._write(number + 1, replace(entry, **changes))
+        with self._locked(), self._open(os.O_RDWR) as fd:
+            number, entry = self._newest(fd)
+            return self._write(fd, number + 1, replace(entry, **changes))
 
-    def _write(self, number: int, entry: Entry) -> Entry:
+    def _write(self, fd: int, number: int, entry: Entry) -> Entry:
         entry = replace(entry, changed=time.time())
         try:
-            fd = os.open(self.path, os.O_WRONLY | os.O_CLOEXEC)
-            try:
-                _write_slot(fd, number, entry)
-                os.fsync(fd)
-            finally:
-                os.close(fd)
+            _write_slot(fd, number, entry)
+            os.fsync(fd)
         except OSError as e:
             raise StorageError(f"{self.path}: {e.strerror}") from e
         return entry
@@ -235,7 +239,7 @@ def _lock(directory: Path) -> Iterator[None]:
 
 
 def _write_slot(fd: int, number: int, entry: Entry) -> None:
-    text = json.dumps({"number": number, **asdict(entry)}).encode()
+    text = json.dumps({"number": number, **vars(entry)}).encode()
     line = b"%08x %s" % (zlib.crc32(text), text)
     line = line.ljust(_SLOT_BYTES - 1) + b"\n"
     at = number % 2 * _SLOT_BYTES
