@@ -25,12 +25,11 @@ from xsave.errors import (
     StorageError,
     UsageError,
 )
-from xsave.filelock import exclusive
 from xsave.frames import PAGE_SIZE
 from xsave.guest.xen import machine as xen_machine
 from xsave.guest.xen.domctl import DomainInfo, Domctl
 from xsave.guest.xen.machine import Machine
-from xsave.host import paths
+from xsave.host import paths, registry
 from xsave.host.capabilities import capabilities
 from xsave.host.registry import (
     DomainRecord,
@@ -140,24 +139,12 @@ class Host:
     # -- the registry of domains ---
 
     def registry_lock(self) -> AbstractContextManager[None]:
-        """Domids and names are given out under this lock."""
-        return exclusive(self.directory / "registry")
+        """registry.registry_lock."""
+        return registry.registry_lock(self.directory)
 
     def records(self) -> list[DomainRecord]:
-        """Return the registered domains, by domid; dead ones included until reaped."""
-        found = []
-        for directory in (self.directory / "domains").iterdir():
-            with contextlib.suppress(OSError, ValueError, KeyError):
-                record = json.loads((directory / "domain.json").read_text())
-                found.append(
-                    DomainRecord(
-                        record["name"],
-                        int(directory.name),
-                        directory,
-                        record.get("building", False),
-                    )
-                )
-        return sorted(found, key=lambda r: r.domid)
+        """registry.records."""
+        return registry.records(self.directory)
 
     def reap(self) -> None:
         """Take back the frames of domains whose process is dead. Under the registry lock."""

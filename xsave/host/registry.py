@@ -1,4 +1,5 @@
-"""A domain's directory: its record, its control socket, and whether its process lives.
+"""A host's domains: of each its directory, its record, its control socket, and whether its process
+lives.
 
 domains/DOMID holds domain.json (the name; `building` until the domain is whole), `ctl` (the
 control socket), console.log, and `alive`, on which the process holds a lock for life: whether it
@@ -13,12 +14,13 @@ import os
 import re
 import socket
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from xsave.errors import ConnectionLost, UsageError
-from xsave.filelock import is_locked
+from xsave.filelock import exclusive, is_locked
 
 NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]{0,62}\Z")
 
@@ -39,6 +41,22 @@ class DomainRecord:
     domid: int
     directory: Path
     building: bool
+
+
+def registry_lock(host_directory: Path) -> AbstractContextManager[None]:
+    """Domids and names of a host are given out under this lock."""
+    return exclusive(host_directory / "registry")
+
+
+def records(host_directory: Path) -> list[DomainRecord]:
+    """Return a host's registered domains, by domid; dead ones included until reaped."""
+    found = []
+    for directory in (host_directory / "domains").iterdir():
+        with contextlib.suppress(OSError, ValueError, KeyError):
+            record = json.loads((directory / "domain.json").read_text())
+            building = record.get("building", False)
+            found.append(DomainRecord(record["name"], int(directory.name), directory, building))
+    return sorted(found, key=lambda r: r.domid)
 
 
 def alive(directory: Path) -> bool:
