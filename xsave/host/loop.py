@@ -94,6 +94,7 @@ class DomainProcess:
             if self.running.finished:
                 break
             if not self._runnable():
+                self._operations.get_ready()
                 self._wait(self._operations.deadline_s())
             elif rest_s := self.running.throttle.rest_s():
                 self._wait(rest_s)

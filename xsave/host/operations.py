@@ -23,13 +23,12 @@ from xsave.errors import (
 )
 from xsave.guest.xen.domain import Domain
 from xsave.guest.xen.wire import error_message, send_message
-from xsave.host import host as hosts
 from xsave.host.bootconfig import DESTROY, RESTART
 from xsave.host.building import Building, availability
 from xsave.host.control import Client, Request
 from xsave.host.dirtying import Dirtying
 from xsave.host.handover.requests import HandoverRequests
-from xsave.host.registry import write_record
+from xsave.host.registry import records, registry_lock, write_record
 from xsave.host.running import RunningDomain
 from xsave.host.suspension import Suspension
 from xsave.public import SHUTDOWN_CRASH, SHUTDOWN_NAMES, SHUTDOWN_SUSPEND
@@ -93,6 +92,11 @@ class Operations:
             self._suspension.check()
         elif self.deadline_s() == 0.0:
             self._running.finished = True
+
+    def get_ready(self) -> None:
+        """Nothing is to be done: the complete copy of a migration waits for the go-ahead."""
+        if self._handover.waits:
+            self._running.get_ready()
 
     def _hold(self, request: Request) -> None:
         """Its time comes when the memory is there."""
@@ -299,10 +303,10 @@ class Operations:
         return self.op_unpause(request)
 
     def _rename(self, name: str) -> None:
-        host = hosts.Host(self._running.machine.directory)
-        with host.registry_lock():
-            if any(r.name == name for r in host.records()):
-                raise NameTaken(f"a domain named {name} exists already on host {host.name}")
+        machine = self._running.machine
+        with registry_lock(machine.directory):
+            if any(r.name == name for r in records(machine.directory)):
+                raise NameTaken(f"a domain named {name} exists already on host {machine.name}")
             self._running.name = name
             building = not self._building.committed
             write_record(self._running.directory, name=name, building=building)

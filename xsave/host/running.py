@@ -104,11 +104,23 @@ class RunningDomain:
         """What was made in advance was for a domain that is no more."""
         self._cpu = None
 
+    def get_ready(self) -> None:
+        """The state is complete, and there is time until the first run: have it on the CPU. What
+        is wrong with it is the guest's, once that runs."""
+        if not self.xen.powered and not self.filling.active:
+            try:
+                self._load_cpu()
+            except Exception:  # noqa: BLE001 - power_on() meets it again
+                self.forget_cpu()
+
     def power_on(self) -> None:
         """The first run: from here on the clocks run and the state is the guest's."""
+        if self.domain.never_run:
+            self.domain.start()
+        self._load_cpu()
+
+    def _load_cpu(self) -> None:
         domain, xen = self.domain, self.xen
-        if domain.never_run:
-            domain.start()
         self.warm_up()
         assert self._cpu is not None
         xen.start_cpu(self._cpu)

@@ -33,6 +33,11 @@ class HandoverRequests:
         """True once the domain survives the connection that makes it."""
         return self._building.committed and not self._copy.incoming
 
+    @property
+    def waits(self) -> bool:
+        """True if it is a migration's copy, complete, and may not run yet."""
+        return self._building.committed and self._copy.incoming
+
     def lost_builder(self) -> None:
         """Nobody makes the domain any more, and it is not whole."""
         self._copy.abandon_quietly()
