@@ -262,7 +262,7 @@ class Sender:
         self._dirty_log = log.kind
         self._stage("log dirty", log.kind)
         try:
-            zeroes = self._receiver.zeroes
+            zeroes = self._receiver.is_xsave
             postcopy = self._options.postcopy
             writer = LiveWriter(
                 self._domctl, channel.write, self._relabel, log, zeroes=zeroes, postcopy=postcopy
@@ -310,6 +310,7 @@ class Sender:
             handing = HandingOver(
                 self._domctl, self._journal, channel, self._receiver.output, self._left_out,
                 patience.begin if self._left_out else lambda: None,
+                soon=self._dirty_log is not None and self._receiver.is_xsave,
             )  # fmt: skip
             end, wrong = handing.run()
         if end == "unknown":

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from tests.flows.flow import MIB, console, create, nothing_is_left, runs_on, state, wait_for
 from xsave.compare import compare
-from xsave.guest.xen.domctl import Domctl
+from xsave.host.handover.sender import HandingOver
+from xsave.host.handover.table import Message
 from xsave.migrate import Options, migrate
 from xsave.precopy import Limits
 from xsave.receive import INCOMING_SUFFIX
@@ -35,14 +36,15 @@ class Oracle:
 
     def __init__(self, monkeypatch, target):
         self.found = None
-        hold = Domctl.hold
+        send = HandingOver.send
 
-        def compare_and_hold(domctl):
-            with target.find(domctl.name + INCOMING_SUFFIX) as incoming:
-                self.found = compare(domctl, incoming)
-            hold(domctl)
+        def compare_and_send(handing, message):
+            if message == Message.GO:
+                with target.find(handing._domctl.name + INCOMING_SUFFIX) as incoming:
+                    self.found = compare(handing._domctl, incoming)
+            send(handing, message)
 
-        monkeypatch.setattr(Domctl, "hold", compare_and_hold)
+        monkeypatch.setattr(HandingOver, "send", compare_and_send)
 
 
 def migrate_live(host, target, name="g", *, report=lambda event: None, **options):

@@ -38,7 +38,9 @@ from xsave.host.host import add_host
 
 MIGRATIONS = int(os.environ.get("XSAVE_MIGRATIONS") or 8)
 BUSY = "touch=1M write=1M rate=8M rest=2"
-SENDER_PLACES = ["sent", "offered", "holding", "asked", "won"]
+SENDER_PLACES = ["sent", "held", "holding", "asked", "won"]
+#: Of a migration that is not live the guest is held later.
+ALL_PLACES = [*SENDER_PLACES, "offered"]
 RECEIVER_PLACES = ["complete", "offering", "offered", "told", "running"]
 
 
@@ -52,15 +54,20 @@ def hosts(localhost, monkeypatch):
     return localhost, target
 
 
+def kind(place):
+    """Options with which a migration comes to this place."""
+    return ["--no-live"] if place == "offered" else []
+
+
 @pytest.mark.parametrize("when", ["before", "behind"])
-@pytest.mark.parametrize("place", SENDER_PLACES)
+@pytest.mark.parametrize("place", ALL_PLACES)
 def test_the_sender_is_killed(xsave, hosts, place, when):
     """kill -9 of the sender around each of its steps."""
-    code, _ = migrate(*hosts, sender={"at": place, "when": when, "what": "kill"})
+    code, _ = migrate(*hosts, *kind(place), sender={"at": place, "when": when, "what": "kill"})
     assert code == -signal.SIGKILL
     recover_all(xsave, *hosts)
     where = one_runs(*hosts)
-    if place in ("sent", "offered"):
+    if place in ("sent", "held", "offered"):
         assert where is hosts[0]
     if place == "won":
         assert where is hosts[1]
@@ -93,10 +100,12 @@ def test_both_are_killed(xsave, hosts, place):
     one_runs(*hosts)
 
 
-@pytest.mark.parametrize("place", SENDER_PLACES)
+@pytest.mark.parametrize("place", ALL_PLACES)
 def test_the_link_is_cut_by_the_sender(xsave, hosts, place):
     """Both pipes end at the sender's side."""
-    code, said = migrate(*hosts, sender={"at": place, "when": "before", "what": "cut"})
+    code, said = migrate(
+        *hosts, *kind(place), sender={"at": place, "when": "before", "what": "cut"}
+    )
     where = one_runs(*hosts)
     assert code == (0 if where is hosts[1] else 7), said
     recover_all(xsave, *hosts)
@@ -135,14 +144,16 @@ def test_full_before_it_begins(xsave, hosts):
     assert Journals(hosts[0].directory).all() == []
 
 
-@pytest.mark.parametrize("place", SENDER_PLACES)
+@pytest.mark.parametrize("place", ALL_PLACES)
 def test_ctrl_c(xsave, hosts, place):
     """Before the go-ahead it cancels; behind it the journals say how it ended, and so does the exit
     code."""
-    code, said = migrate(*hosts, sender={"at": place, "when": "before", "what": "interrupt"})
+    code, said = migrate(
+        *hosts, *kind(place), sender={"at": place, "when": "before", "what": "interrupt"}
+    )
     where = one_runs(*hosts)
     assert code == (0 if where is hosts[1] else 130), said
-    if place in ("sent", "offered"):
+    if place in ("sent", "held", "offered"):
         assert where is hosts[0]
     if place == "won":
         assert where is hosts[1]
@@ -221,7 +232,7 @@ def test_a_copy_on_its_way_is_nobody_elses(xsave, hosts):
     """What waits for the go-ahead cannot be unpaused or saved by others, nor recovered by name
     while its receiver works; by its id it is given up, and the guest stays."""
     source, target = hosts
-    stop = {"at": "offered", "when": "before", "what": "stop"}
+    stop = {"at": "holding", "when": "before", "what": "stop"}
     arguments = ["migrate", "g", "--to", "b"]
     command = [sys.executable, "-m", "tests.flows.faulty", json.dumps({"sender": stop}), *arguments]
     with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True) as process:

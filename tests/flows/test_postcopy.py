@@ -232,11 +232,11 @@ def test_the_receiver_ends(xsave, hosts, place, what):
     ends_well(xsave, *hosts, where=hosts[1] if ran else hosts[0], lost=False)
 
 
-@pytest.mark.parametrize("place", ["sent", slow("offered"), "holding", "asked", slow("behind")])
+@pytest.mark.parametrize("place", ["sent", slow("held"), "holding", "asked", slow("behind")])
 def test_ctrl_c(xsave, hosts, place):
     """Before the go-ahead it cancels; behind it nothing is left undone for it."""
     code, said = postcopy(*hosts, sender={"at": place, "when": "before", "what": "interrupt"})
-    stays = place in ("sent", "offered", "holding")
+    stays = place in ("sent", "held", "holding")
     assert code == (130 if stays else 0), said
     ends_well(xsave, *hosts, where=hosts[0] if stays else hosts[1], lost=False)
 

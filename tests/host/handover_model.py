@@ -38,6 +38,11 @@ class Tables:
     careful: bool = True
 
     @classmethod
+    def live(cls, **changes):
+        """Those of a migration whose guest is held early."""
+        return cls(**{"sender": table.SENDER_LIVE, **changes})
+
+    @classmethod
     def postcopy(cls, **changes):
         """Those of a migration with post-copy."""
         rows = {"sender": table.SENDER_POSTCOPY, "receiver": table.RECEIVER_POSTCOPY}

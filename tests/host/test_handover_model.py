@@ -14,9 +14,9 @@ from xsave.host.handover.table import Act, Message, Row, State, Step, Verdict
 S = State
 
 
-@pytest.fixture(params=[Tables, Tables.postcopy], ids=["plain", "postcopy"])
+@pytest.fixture(params=[Tables, Tables.live, Tables.postcopy], ids=["plain", "live", "postcopy"])
 def tables(request):
-    """The tables of a migration, without post-copy and with it."""
+    """The tables of a migration, held late and early, and with post-copy."""
     return request.param()
 
 
@@ -58,8 +58,10 @@ def test_all_of_the_tables_is_explored():
             return super().next(w)
 
     explore(Watching(recoveries=(SOURCE_SIDE,)))
+    explore(Watching(Tables.live(), recoveries=(SOURCE_SIDE,)))
     explore(Watching(Tables.postcopy(), recoveries=(SOURCE_SIDE,)))
-    rows = (*table.SENDER, *table.RECEIVER, *table.SENDER_POSTCOPY, *table.RECEIVER_POSTCOPY)
+    senders = (*table.SENDER, *table.SENDER_LIVE, *table.SENDER_POSTCOPY)
+    rows = (*senders, *table.RECEIVER, *table.RECEIVER_POSTCOPY)
     assert {row.at for row in rows} | table.SENDER_ENDS | table.RECEIVER_ENDS <= places
     # A guest that ends is not in the model, nor is a host that is lost with its journals.
     beyond = {S.ENDED, S.UNKNOWN}
@@ -113,6 +115,12 @@ MUTATIONS = {
     ),
     "given up when the copy failed": Tables(
         sender=changed(table.SENDER, "asked", Message.FAILED, then="won")
+    ),
+    "held early, and taken back when the go-ahead may be on its way": Tables.live(
+        sender=changed(table.SENDER_LIVE, "holding", Message.GO, lost="unsaid")
+    ),
+    "a guest that is held stays so, as its copy was not ready": Tables.live(
+        verdicts={(S.HELD, S.ABANDONED): Verdict.NOTHING}
     ),
     "started before the go-ahead": Tables(receiver=START_FIRST),
     "reported before it is started": Tables(receiver=REPORT_FIRST),

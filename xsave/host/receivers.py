@@ -218,7 +218,7 @@ class SshReceiver(ProcessReceiver):
 class XlReceiver(ProcessReceiver):
     """A real `xl migrate-receive`, spoken to as another xl does."""
 
-    zeroes = False
+    is_xsave = False
 
     def __init__(self, target: XlTarget) -> None:
         self._name = target.name
@@ -270,7 +270,7 @@ class SocketReceiver(Receiver):
         """Learn who is there, and open the other connections."""
         self._line = handshake.receive_line(self.output, "its banner", self.banner_timeout_s)
         if self._line != handshake.HELLO:
-            self.zeroes = False
+            self.is_xsave = False
             if self._parts:
                 raise UsageError(_ONE_CONNECTION)
             if "postcopy" in self._options:
@@ -299,10 +299,10 @@ class SocketReceiver(Receiver):
         return super().channel(compress_level, bandwidth)
 
     def bandwidth(self) -> float | None:
-        return super().bandwidth() if self.zeroes else None
+        return super().bandwidth() if self.is_xsave else None
 
     def greet(self) -> None:
-        if self.zeroes:
+        if self.is_xsave:
             super().greet()
             return
         self.expect_banner(self._line)

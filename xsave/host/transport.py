@@ -103,12 +103,12 @@ class Receiver:
     """The far end of a migration: write the image to its `channel`, read its messages from
     `output`.
 
-    zeroes: it is an xsave, which gives out empty frames, so that an empty page needs no bytes.
+    is_xsave: it is one, and gives out empty frames, so that an empty page needs no bytes.
     Of others nobody knows; xl's own tools always send the bytes.
     banner_timeout_s: how long it may take until it is there.
     """
 
-    zeroes = True
+    is_xsave = True
     banner_timeout_s = 30.0
 
     def __init__(self, input_fds: Sequence[int], output_fd: int) -> None:

@@ -1,4 +1,4 @@
-"""Goes through the rows of an end: SENDER or RECEIVER of table.py."""
+"""Goes through the rows of an end, as table.py has them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The sender's end of a hand-over: the rows of SENDER, on the wire and on the domain.
+"""The sender's end of a hand-over: its rows, on the wire and on the domain.
 
 With post-copy (SENDER_POSTCOPY) pages are asked for from the go-ahead on, before the report even,
 and sent between two messages.
@@ -18,7 +18,7 @@ from xsave.guest.xen.domctl import Domctl
 from xsave.host import handshake
 from xsave.host.handover.journal import Journal
 from xsave.host.handover.play import play
-from xsave.host.handover.table import SENDER, SENDER_POSTCOPY, Message, Step
+from xsave.host.handover.table import SENDER, SENDER_LIVE, SENDER_POSTCOPY, Message, Step
 from xsave.host.transport import Channel
 from xsave.image import postwire
 
@@ -47,21 +47,25 @@ class HandingOver:
         output: int,
         left_out: LeftOut | None = None,
         before_go: Callable[[], None] = lambda: None,
+        *,
+        soon: bool = False,
     ) -> None:
         """left_out: with post-copy, what of the guest's memory is not in the image. before_go() is
-        called just before the go-ahead."""
+        called just before the go-ahead. soon: READY is a moment away, and the target an xsave."""
         self._domctl = domctl
         self._journal = journal
         self._channel = channel
         self._output = output
         self._left_out = left_out
         self._before_go = before_go
+        self._soon = soon
         self.status = handshake.STATUS_OK
         self.reported_ns = 0
 
     def run(self) -> tuple[str, BaseException | None]:
         """Return how it ended (SENDER_ENDS) and what went wrong first."""
-        return play(SENDER if self._left_out is None else SENDER_POSTCOPY, "sent", self)
+        rows = SENDER_LIVE if self._soon else SENDER
+        return play(rows if self._left_out is None else SENDER_POSTCOPY, "sent", self)
 
     def send(self, message: Message) -> None:
         if message == Message.PAGES:

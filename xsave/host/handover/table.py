@@ -1,7 +1,7 @@
 """The protocol of the hand-over, as data.
 
 Nothing decides about a hand-over but these tables: journal.py takes no step that STEPS does not
-have, play.py does what SENDER and RECEIVER say, recovery.py what VERDICTS says. A model checker
+have, play.py does what the rows say, recovery.py what VERDICTS says. A model checker
 (tests/host/handover_model.py) goes through every order of their steps, messages, losses and deaths.
 
 The source, by its journal                    The target, by its journal
@@ -139,11 +139,18 @@ SENDER = (
     Row("won", Act.DO, Step.GIVE_UP, then="migrated", lost="unknown"),
     Row("unsaid", Act.DO, Step.TAKE_BACK, then="kept", lost="unknown"),
 )
+#: Where the guest stands still for no longer than this takes, and the target can be asked: it is
+#: held while the target still works on the end of the image.
+SENDER_LIVE = (
+    Row("sent", Act.DO, Step.HOLD, then="held", lost="unsaid"),
+    Row("held", Act.RECEIVE, Message.READY, then="holding", lost="unsaid"),
+    *(row for row in SENDER if row.at not in ("sent", "offered")),
+)
 #: With post-copy: the copy's own process says STARTED, too, so that no death of the receiver keeps
 #: the pages from the guest. It runs there already while it needs what is held here. What goes wrong
 #: from then on only the target's journal knows.
 SENDER_POSTCOPY = (
-    *(row for row in SENDER if row.what != Message.STARTED),
+    *(row for row in SENDER_LIVE if row.what != Message.STARTED),
     Row("asked", Act.RECEIVE, Message.STARTED, then="behind", lost="unknown"),
     Row("behind", Act.SEND, Message.PAGES, then="served", lost="unknown"),
     Row("served", Act.RECEIVE, Message.COMPLETED, then="won", lost="unknown"),
@@ -177,7 +184,7 @@ _UNDECIDED = (_S.RECEIVING, _S.READY)
 #: (the source's state, the target's) -> what it means. Pairs that are not here: ask a person.
 VERDICTS: dict[tuple[State, State], Verdict] = {
     **{(_S.PREPARED, t): Verdict.KEEP for t in (*_UNDECIDED, _S.ABANDONED, _S.UNKNOWN)},
-    **{(_S.HELD, t): Verdict.KEEP for t in (_S.READY, _S.ABANDONED)},
+    **{(_S.HELD, t): Verdict.KEEP for t in (*_UNDECIDED, _S.ABANDONED)},
     **{(_S.HELD, t): Verdict.HAND_ON for t in (_S.RUNNING, _S.ENDED)},
     **{(_S.TAKEN_BACK, t): Verdict.KEEP for t in _UNDECIDED},
     **{(_S.TAKEN_BACK, t): Verdict.NOTHING for t in (_S.ABANDONED, _S.LOST, _S.ENDED, _S.UNKNOWN)},
