@@ -27,6 +27,10 @@
 
 #define ERROR_NODE "error/suspend"
 #define STOPPED_TURNS 3
+/* Who was frozen is late, and this thread goes before all of them: let each have a turn first. (The
+ * event that ends a sleep has equals take turns, too.) */
+#define LATE_TURNS 4
+#define TURN_NS NSEC_PER_MSEC
 
 /* The mfns of start_info become pfns: the toolstack puts the new mfns there. */
 static noinline void xen_pre_suspend(void)
@@ -128,7 +132,7 @@ static void suspend_failed(const char *why)
 
 noinline void do_suspend(void)
 {
-	int freezer = !cmdline_is("freezer", "off"), cancelled = 1;
+	int freezer = !cmdline_is("freezer", "off"), cancelled = 1, turn;
 
 	printk("SUSPEND\n");
 	xs_rm(0, ERROR_NODE);
@@ -143,12 +147,14 @@ noinline void do_suspend(void)
 		return;
 	}
 	enter_suspend(&cancelled);
-	printk("RESUME %s\n", cancelled ? "cancelled" : "new");
 	if (!cancelled)
 		on_each_cpu(tick_resume);
 	dpm_resume(cancelled);
 	if (freezer)
 		thaw_processes();
+	for (turn = 0; !cancelled && turn < LATE_TURNS; turn++)
+		schedule_timeout(TURN_NS);
+	printk("RESUME %s\n", cancelled ? "cancelled" : "new");
 	if (cancelled)
 		return;
 	dpm_complete();
