@@ -17,6 +17,7 @@ suspend_and_send_dirty of tools/libs/guest/xg_sr_save.c.
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,7 +26,7 @@ from xsave.canonical import canonical_p2m, canonicalise
 from xsave.errors import GuestStateError
 from xsave.frames import INVALID_P2M_ENTRY, PAGE_SIZE, PageType
 from xsave.gathering import Gatherer, Patches
-from xsave.guest.xen.domctl import DomainState, Domctl
+from xsave.guest.xen.domctl import DomainState, Domctl, VcpuState
 from xsave.guest.xen.logdirty import LogDirty
 from xsave.image import libxc, postcopy
 from xsave.image.buffers import Write
@@ -41,6 +42,10 @@ _INVALID = np.uint64(INVALID_P2M_ENTRY)
 _FEW_PAGES = 4096
 #: A running guest may be just about to publish another p2m: look again, so often and after so long.
 _LOOKS, _LOOK_AGAIN_S = 10, 0.003
+
+
+#: Of what was asked for ahead: what waits for the answers.
+_Last = tuple[Callable[[], DomainState], Callable[[], list[VcpuState]], Callable[[], np.ndarray]]
 
 
 @dataclass(frozen=True)
@@ -91,6 +96,7 @@ class LiveWriter(Writer):
         self._frames = np.empty(0, np.int64)  # of the p2m's pages, as the other end was told
         self._rewritten = np.zeros(0, bool)  # of them: holes came or went since it was sent
         self._postcopy = postcopy
+        self._last: _Last | None = None
         #: With post-copy, once finished: the pfns that were left out, and their frames, (n,) i64.
         self.left_out = self.left_out_mfns = np.empty(0, np.int64)
 
@@ -186,12 +192,17 @@ class LiveWriter(Writer):
         """Send what is pending; the guest runs."""
         return self._send_pending(Patches.of([self._lists()]), final=False)
 
+    def ask_last(self) -> None:
+        """The guest was asked to suspend: what finish() is to know of it then."""
+        self._last = self._domctl.ask_state(), self._domctl.ask_vcpus(), self._log.ask_last()
+
     def finish(self) -> Round:
         """The guest is suspended: send what is left of it. Raises GuestStateError."""
         started = time.monotonic()
-        # Nothing changes any more. The domain's process lists what is dirty meanwhile.
-        state, ask_vcpus = self._domctl.ask_state(), self._domctl.ask_vcpus()
-        clean = self._log.ask_last()
+        if self._last is None:
+            self.ask_last()
+        assert self._last is not None
+        state, ask_vcpus, clean = self._last
         described, vcpus, told = state(), ask_vcpus(), self._frames
         seen = self._see_now(described, clean())
         self._tell_frames(told, seen)

@@ -23,6 +23,7 @@ before that, the guest is lost: what is held is what it was before it ran at the
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 
@@ -244,10 +245,12 @@ class Sender:
         suspended_ns = self._domctl.suspended_ns
         return resumed_ns - suspended_ns if resumed_ns and suspended_ns else downtime_ns
 
-    def _suspend(self) -> None:
+    def _suspend(self, ask_last: Callable[[], None] = lambda: None) -> None:
         self._stage("freeze", "asking the guest to suspend")
         asked_ns = time.monotonic_ns()
-        self._domctl.suspend(lambda stage: self._stage("suspend", stage))
+        wait = self._domctl.ask_suspend()
+        ask_last()
+        wait(lambda stage: self._stage("suspend", stage))
         self._suspended_ns = time.monotonic_ns()
         self._freeze_ns = self._suspended_ns - asked_ns
 
@@ -280,7 +283,7 @@ class Sender:
                 )
             if writer.pending_bytes <= _LITTLE_BYTES:
                 time.sleep(_SETTLE_S)
-            self._suspend()
+            self._suspend(writer.ask_last)
             writer.finish()
             if postcopy:
                 self._left_out = LeftOut(

@@ -282,6 +282,30 @@ def test_two_saves_at_a_time(host, tmp_path):
     nothing_is_left(host)
 
 
+def test_what_is_asked_behind_a_suspend(host):
+    """Is answered when the guest is suspended, or cannot be; others are answered at once."""
+    create(host)
+    wait_for_tick(host)
+    with host.find("g") as domctl, host.find("g") as other:
+        wait = domctl.ask_suspend()
+        info, vcpus = domctl._post("info"), domctl.ask_vcpus()
+        assert other.info().state in ("running", "suspended")
+        wait(lambda stage: None)
+        assert info.wait()[0]["state"] == "suspended"
+        assert vcpus() == domctl.vcpus()
+        domctl.resume()
+        domctl.pause()
+        wait, info = domctl.ask_suspend(), domctl._post("info")
+        with pytest.raises(SuspendFailed, match="paused"):
+            wait(lambda stage: None)
+        assert info.wait()[0]["state"] == "paused"
+        domctl.unpause()
+        domctl.ask_suspend()
+        domctl._post("info")
+    without_gap(wait_for_tick(host, after=max(ticks(console(host)))))
+    assert state(host) == "running"
+
+
 def test_a_guest_of_an_undecided_migration(host, tmp_path):
     """Held, it stays suspended when the migration is gone, as another copy may be running:
     neither a save nor a migration that fails on it wakes it, only an explicit word."""

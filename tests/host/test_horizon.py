@@ -81,6 +81,20 @@ def test_requests_wait_for_the_horizon(scene, op):
     assert scene.control.waiting == []
 
 
+def test_answers_keep_their_order(scene):
+    """What the same client asks behind such a request waits with it, and so does its leaving; who
+    else asks does not."""
+    client = Client(None)
+    for op in ("pause", "info", "closed"):
+        scene.control.waiting.append(Request(client, op, {}))
+    scene.ask("info")
+    assert [answer["state"] for answer in scene.answers] == ["running"]
+    assert [request.op for request in scene.control.waiting] == ["pause", "info", "closed"]
+    scene.to_horizon()
+    assert [answer.get("state") for answer in scene.answers[1:]] == [None, "paused"]
+    assert scene.control.waiting == []
+
+
 def test_unpause_gives_more_time(scene):
     """At the horizon, and only there, unpause moves it on."""
     scene.ask("unpause")

@@ -55,6 +55,7 @@ class Operations:
         self._handover = HandoverRequests(running, self._building, self._suspension)
         self._give_up = time.monotonic() + _BUILDER_TIMEOUT_S
         self._held: list[Request] = []
+        self._behind: list[Request] = []  # a suspend that is not done yet, from the same client
         self._over = False
 
     @property
@@ -80,7 +81,16 @@ class Operations:
             self._held = []
         later: list[Request] = []
         while request := self._running.control.next_request():
-            if request.op in _WITH_ALL_MEMORY and self._running.filling.active:
+            # What is asked behind what must wait is answered behind it.
+            if request.client in (other.client for other in later):
+                later.append(request)
+            elif request.op == "closed":
+                self._serve_one(request)
+            elif self._suspension.keeps_waiting(request.client):
+                self._behind.append(request)
+            elif request.client in (other.client for other in self._held):
+                self._held.append(request)
+            elif request.op in _WITH_ALL_MEMORY and self._running.filling.active:
                 self._hold(request)
             elif request.op in _AT_HORIZON and self._must_wait():
                 later.append(request)
@@ -90,8 +100,17 @@ class Operations:
         self._hear()
         if self._running.built:
             self._suspension.check()
+            self._serve_behind()
         elif self.deadline_s() == 0.0:
             self._running.finished = True
+
+    def _serve_behind(self) -> None:
+        """Requests are answered in turn. So who wants to know something of the suspended guest has
+        asked by now, and does not lose the time that a question takes."""
+        if self._behind and not self._suspension.keeps_waiting(self._behind[0].client):
+            behind, self._behind = self._behind, []
+            for request in behind:
+                self._serve_one(request)
 
     def get_ready(self) -> None:
         """Nothing is to be done: the complete copy of a migration waits for the go-ahead."""
@@ -164,6 +183,7 @@ class Operations:
     def _closed(self, client: Client) -> None:
         self._dirtying.closed(client)
         self._held = [request for request in self._held if request.client is not client]
+        self._behind = [request for request in self._behind if request.client is not client]
         if not self._handover.whole and self._building.builder in (None, client):
             self._handover.lost_builder()
         elif self._running.built:

@@ -48,6 +48,10 @@ class Suspension:
         """True while a connection holds the lease."""
         return self._holder is not None
 
+    def keeps_waiting(self, client: Client) -> bool:
+        """True while the answer to this client's request is still to come."""
+        return client is self._holder and self._stage != "done"
+
     @property
     def _domain(self) -> Domain:
         return self._running.domain

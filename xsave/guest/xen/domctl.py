@@ -190,8 +190,18 @@ class Domctl:
         suspend, as Xen gives it to the guest (wc_* of shared_info and the system time), 0 if it
         never ran.
         """
-        message, _ = self._call("suspend", on_event=on_stage)
-        self.suspended_ns = int(message.get("suspended_ns", 0))
+        self.ask_suspend()(on_stage)
+
+    def ask_suspend(self) -> Callable[[Callable[[str], None]], None]:
+        """suspend(), asked ahead; what is asked for behind it is answered as soon as the guest is
+        suspended, or could not be."""
+        pending = self._post("suspend")
+
+        def wait(on_stage: Callable[[str], None]) -> None:
+            message, _ = pending.wait(on_stage)
+            self.suspended_ns = int(message.get("suspended_ns", 0))
+
+        return wait
 
     def resume(self, *, paused: bool = False) -> None:
         """Let a suspended guest go on in place; its hypercall returns 1 (cancelled)."""
