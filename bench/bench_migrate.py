@@ -1,7 +1,7 @@
 """How long does a guest stand still when it is migrated, and how much is sent?
 
-    python bench/bench_migrate.py [--memory 256M,1G] [--rounds 5] [--tmpfs DIR] [--json FILE]
-                                  [--kernel VMLINUZ --busybox FILE]
+    python bench/bench_migrate.py [--memory 256M,1G] [--rounds 5] [--case NAME ...] [--tmpfs DIR]
+                                  [--json FILE] [--kernel VMLINUZ --busybox FILE]
 
 A built-in guest moves to and fro between two hosts, idle, writing a little, writing a lot; live
 with both ways to log its writes, compressed, through a real sshd on loopback, and suspended first
@@ -70,9 +70,11 @@ def main() -> None:
     os.environ["PYTHONPYCACHEPREFIX"] = f"{home}/pycache"  # compiled, as pip leaves it
     results: list[dict[str, Any]] = []
     sshd = None if options.no_ssh else start_sshd(Path(home) / "sshd")
-    if sshd is None:
-        for case in SSH_CASES:
-            del CASES[case]
+    left_out = set(SSH_CASES if sshd is None else ())
+    if options.case:
+        left_out |= CASES.keys() - {*options.case, PEER}
+    for case in left_out:
+        del CASES[case]
     try:
         for memory in options.memory.split(","):
             for host in ("a", "b"):
@@ -246,6 +248,10 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--memory", default="256M,1G", help="sizes, with commas (256M,1G)")
     parser.add_argument("--writers", default=",".join(WRITERS), help="idle,light,heavy")
     parser.add_argument("--rounds", type=int, default=5)
+    names = list(CASES)
+    parser.add_argument(
+        "--case", action="append", choices=names, help=f"only this one, and {PEER!r}; repeatable"
+    )
     parser.add_argument("--kernel", help="a distribution's vmlinuz: an idle Linux, too")
     parser.add_argument("--busybox", help="a static busybox for its ramdisk")
     parser.add_argument("--no-ssh", action="store_true", help="leave the rows with sshd out")
