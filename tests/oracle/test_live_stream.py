@@ -35,7 +35,7 @@ def sent(monkeypatch):
 def test_a_live_stream(xsave_home, sent, zeroes, monkeypatch, tmp_path, xen_verify):
     """Six rounds of a guest that writes and makes page tables all the while; with empty pages as
     XALLOC, and without, as any receiver takes them."""
-    monkeypatch.setattr(Receiver, "zeroes", zeroes)
+    monkeypatch.setattr(Receiver, "is_xsave", zeroes)
     host, target = (add_host(name, 64 * MIB, seed=ord(name)) for name in "ab")
     create(host, memory_bytes=16 * MIB, cmdline="touch=1M write=2M rate=20M rest=2")
     wait_for_tick(host)

@@ -15,13 +15,19 @@ import pytest
 from tests.conftest import ROOT, Xsave
 from tests.flows.flow import MIB, create, nothing_is_left, runs_on, state, wait_for, wait_for_tick
 from tests.flows.live import Oracle, migrate_live
+from tests.transport import test_faults
 from tests.transport.sshd import Sshd, far_command
-from tests.transport.test_faults import MOMENTS
 from xsave.errors import StorageError
 from xsave.host import receivers, transport
 from xsave.host.handover import sender
 from xsave.host.ssh import add_ssh_host
+from xsave.progress import Stage
 
+#: It takes longer to pull a cable than the far end to be ready: when the guest is asked to suspend,
+#: the end of the image is still to be sent.
+MOMENTS = test_faults.MOMENTS | {
+    "hand-over": lambda event: isinstance(event, Stage) and event.name == "freeze"
+}
 _NUMBERS = itertools.count(os.getpid() % 4000)
 
 
