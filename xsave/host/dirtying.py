@@ -79,7 +79,7 @@ class Dirtying:
             machine.marked = set()
         if self._written is None:
             return distinct((marked,))
-        return distinct((marked, self._written.written(clear=clear)))
+        return distinct((marked, self._written.written(marked, clear=clear)))
 
     def op_throttle(self, request: Request) -> Answer:
         """How much of the time the vCPUs are to rest, in percent."""

@@ -33,16 +33,20 @@ class WrittenFrames:
         self._protection = WriteProtection(machine.pages.ctypes.data, machine.nr_frames)
         self._file = -1
         self._protected = np.zeros(nr_chunks(machine), bool)
+        self._owned = owned_chunks(machine, domid)  # at any time
         try:
             self._file = os.open(machine.directory / "machine.mem", os.O_RDONLY | os.O_CLOEXEC)
-            self._protect(self._touched(owned_chunks(machine, domid)))
+            self._protect(self._touched(self._owned))
         except OSError as e:
             self.close()
             raise StorageError(f"writes cannot be logged by write protection: {e}") from e
 
-    def written(self, *, clear: bool) -> np.ndarray:
+    def written(self, marked: np.ndarray, *, clear: bool) -> np.ndarray:
         """Return frames (n,) i64, none twice: those written since the last time with clear, and
-        perhaps others that were touched since. Raises StorageError."""
+        perhaps others that were touched since. marked: frames (m,) i64, among them those that
+        have become the domain's since the last time. Raises StorageError."""
+        mine = self._machine.owner[marked] == self._domid
+        self._owned[marked[mine] // CHUNK_FRAMES] = True
         try:
             return self._written(clear=clear)
         except OSError as e:
@@ -50,9 +54,8 @@ class WrittenFrames:
 
     def _written(self, *, clear: bool) -> np.ndarray:
         machine = self._machine
-        owned = owned_chunks(machine, self._domid)
-        known = owned & self._protected
-        new = self._touched(owned & ~self._protected)
+        known = self._owned & self._protected
+        new = self._touched(self._owned & ~self._protected)
         if clear:  # first: what is touched from here on is found the next time
             self._protect(new)
         frames = (np.flatnonzero(new)[:, None] * CHUNK_FRAMES + np.arange(CHUNK_FRAMES)).reshape(-1)
