@@ -154,7 +154,8 @@ def test_it_is_done_ahead(kind):
     """Most of the work really is: at the end only what came since is left."""
     tables = [(pfn, kind, [pfn + 10]) for pfn in range(1, 8)]
     data = [(pfn, PageType.NOTAB, []) for pfn in range(11, 18)]
-    door, memory, _ = replay([(tables + data, 9, SIZE), ([tables[0]], 0, SIZE)])
+    early, late = tables[:3] + data, tables[3:]
+    door, memory, _ = replay([(early, 9, SIZE), (late, 9, SIZE), ([tables[0]], 0, SIZE)])
     assert door.nr_pinned == sum(int(memory.p2m[pfn]) % 5 != 0 for pfn in range(1, 8))
     assert door.nr_pinned >= 4
 

@@ -47,6 +47,7 @@ class Localiser:
         self._own_pins = np.zeros(nr_pfns, bool)
         self._seen = np.zeros(nr_pfns, bool)  # upper tables that this process has touched
         self._unpinned: Callable[[], object] = _nothing  # waits for what was asked for last
+        self._ahead_of_all = False  # nothing can be done before more comes
 
     def _grow(self) -> None:
         more = np.zeros(self._memory.p2m.size - self._ahead.size, bool)
@@ -65,6 +66,7 @@ class Localiser:
 
     def _sort(self, pfns: np.ndarray) -> None:
         """These have come: which of them are tables?"""
+        self._ahead_of_all = False
         types = self._memory.types[pfns]
         levels = table_levels(types)
         self._tables[pfns] = self._waiting[pfns] = levels != 0
@@ -93,6 +95,10 @@ class Localiser:
 
     def work_ahead(self) -> bool:
         """Records are still to come: do a part of what can be done. False if nothing can."""
+        self._ahead_of_all = self._ahead_of_all or not self._work_ahead()
+        return not self._ahead_of_all
+
+    def _work_ahead(self) -> bool:
         if self._localise_ahead():
             return True
         pfns = np.flatnonzero(self._untried)[:_PIN_BATCH]

@@ -36,9 +36,9 @@ HAND_OVER_S = 0.015
 _MEASURED_BYTES = 1 << 20
 #: Two looks at least so far apart: a dirty rate of less says nothing.
 _MIN_ROUND_S = 0.01
-#: What the other end does about a page table or a page of the p2m once it has come, ahead of the
-#: stop. While the first round is on its way it has no time for that.
-_TABLE_S, _P2M_PAGE_S = 6e-5, 4e-5
+#: What the other end does about a page table, a page of the p2m or any page once it has come, ahead
+#: of the stop. While the first round is on its way it has no time for that.
+_TABLE_S, _P2M_PAGE_S, _PAGE_S = 6e-5, 4e-5, 1.5e-6
 _SAMPLES_S = (0.1, 0.2, 0.4)
 
 
@@ -104,6 +104,7 @@ class Precopy:
         if self.nr_rounds == 1:
             writer = self._writer
             settle_s = writer.nr_tables * _TABLE_S + writer.nr_p2m_pages * _P2M_PAGE_S
+            settle_s += (sent.nr_pages - sent.zero_pages) * _PAGE_S
         time.sleep(max(_MIN_ROUND_S - sent.seconds, settle_s))
         looks = time.monotonic()
         self._writer.look()
