@@ -46,7 +46,7 @@ class Localiser:
         self._untried, self._pinned = np.zeros(nr_pfns, bool), np.zeros(nr_pfns, bool)
         self._own_pins = np.zeros(nr_pfns, bool)
         self._seen = np.zeros(nr_pfns, bool)  # upper tables that this process has touched
-        self._unpinned: Callable[[], object] = _nothing  # waits for what was asked for last
+        self._unpins: list[Callable[[], object]] = []  # asked for: what waits for them
         self._ahead_of_all = False  # nothing can be done before more comes
 
     def _grow(self) -> None:
@@ -76,12 +76,12 @@ class Localiser:
     def _ask_unpin(self, pfns: np.ndarray) -> None:
         """Neither the bytes nor the frames of these may change before _wait_for_unpins()."""
         if pfns.size:
-            self._unpinned = self._domctl.ask_unpin(self._memory.p2m[pfns])
+            self._unpins.append(self._domctl.ask_unpin(self._memory.p2m[pfns]))
             self._pinned[pfns] = False
 
     def _wait_for_unpins(self) -> None:
-        wait, self._unpinned = self._unpinned, _nothing
-        wait()
+        while self._unpins:
+            self._unpins.pop(0)()
 
     def ask_pin(self) -> Callable[[], object]:
         """All is localised: have the tables that the guest has pinned pinned, and the pins ahead
@@ -140,6 +140,7 @@ class Localiser:
     def run(self) -> None:
         """All records came: drop the holes, have all tables localised. Raises ImageError."""
         memory = self._memory
+        self._wait_for_unpins()  # from here on the caller may change or drop any other page
         if (holes := memory.holes()).size:
             self._go_back()
             memory.drop(holes)
@@ -223,7 +224,3 @@ class Localiser:
             expected=expected,
             found=found,
         )
-
-
-def _nothing() -> None:
-    """There is nothing to wait for."""
