@@ -3,6 +3,7 @@ taken."""
 
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 import sys
@@ -52,6 +53,29 @@ def test_only_the_tables_steps_are_taken(journals, state, step):
             with pytest.raises(GuestStateError, match=state):
                 journal.take(step)
             assert journal.read().state == state
+
+
+def test_what_cannot_be_written_is_not_unknown(journals, monkeypatch):
+    """A file that is there and cannot be changed (a disk that is read-only by now) is no missing
+    journal: whoever goes on without one does not go on then."""
+    with begin(journals) as journal:
+        path, real = str(journal.path), os.open
+
+        def read_only(name, flags, *mode, **how):
+            if str(name) == path and flags & os.O_ACCMODE != os.O_RDONLY:
+                raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+            return real(name, flags, *mode, **how)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(module.os, "open", read_only)
+            for change in (lambda: journal.take(Step.HOLD), lambda: journal.note(domid=7)):
+                with pytest.raises(StorageError, match="Read-only"):
+                    change()
+        assert journal.read().state == State.PREPARED
+        journal.path.unlink()
+        for change in (journal.read, lambda: journal.take(Step.HOLD)):
+            with pytest.raises(NotFound):
+                change()
 
 
 def test_a_step_from_one_state_only(journals):

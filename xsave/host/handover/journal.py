@@ -73,19 +73,33 @@ class Journal:
 
     def read(self) -> Entry:
         """Raises NotFound."""
-        with self._open(os.O_RDONLY) as fd:
-            return self._newest(fd)[1]
-
-    @contextlib.contextmanager
-    def _open(self, flags: int) -> Iterator[int]:
         try:
-            fd = os.open(self.path, flags | os.O_CLOEXEC)
+            fd = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
         except OSError as e:
-            raise NotFound(f"no migration {self.path.stem} on this host: {e.strerror}") from e
+            raise self._unknown(e) from e
         try:
-            yield fd
+            return self._newest(fd)[1]
         finally:
             os.close(fd)
+
+    def _unknown(self, error: OSError) -> NotFound:
+        return NotFound(f"no migration {self.path.stem} on this host: {error.strerror}")
+
+    @contextlib.contextmanager
+    def _changing(self) -> Iterator[int]:
+        """The file, locked. Who may do without a journal (NotFound) may not do without writing
+        into one that there is (StorageError)."""
+        with self._locked():
+            try:
+                fd = os.open(self.path, os.O_RDWR | os.O_CLOEXEC)
+            except FileNotFoundError as e:
+                raise self._unknown(e) from e
+            except OSError as e:
+                raise StorageError(f"{self.path}: {e.strerror}") from e
+            try:
+                yield fd
+            finally:
+                os.close(fd)
 
     def _newest(self, fd: int) -> tuple[int, Entry]:
         """Return (number, entry) of the last change."""
@@ -101,7 +115,7 @@ class Journal:
 
         Raises GuestStateError if the journal says otherwise, StorageError, NotFound."""
         allowed, after = STEPS[step]
-        with self._locked(), self._open(os.O_RDWR) as fd:
+        with self._changing() as fd:
             number, entry = self._newest(fd)
             if entry.state == after:
                 return entry
@@ -115,7 +129,7 @@ class Journal:
 
     def note(self, **changes: Any) -> Entry:
         """Write down what is no step."""
-        with self._locked(), self._open(os.O_RDWR) as fd:
+        with self._changing() as fd:
             number, entry = self._newest(fd)
             return self._write(fd, number + 1, replace(entry, **changes))
 
