@@ -3,6 +3,8 @@ memory was ever touched before or not."""
 
 from __future__ import annotations
 
+from contextlib import closing
+
 import numpy as np
 import pytest
 
@@ -18,7 +20,7 @@ NONE = np.empty(0, np.int64)
 
 def started(machine):
     try:
-        return WrittenFrames(machine, DOMID)
+        return closing(WrittenFrames(machine, DOMID))
     except StorageError:
         pytest.skip("this kernel cannot log writes by write protection")
 

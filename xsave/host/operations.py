@@ -100,17 +100,16 @@ class Operations:
         self._hear()
         if self._running.built:
             self._suspension.check()
-            self._serve_behind()
+            self._let_go_behind()
         elif self.deadline_s() == 0.0:
             self._running.finished = True
 
-    def _serve_behind(self) -> None:
+    def _let_go_behind(self) -> None:
         """Requests are answered in turn. So who wants to know something of the suspended guest has
         asked by now, and does not lose the time that a question takes."""
         if self._behind and not self._suspension.keeps_waiting(self._behind[0].client):
-            behind, self._behind = self._behind, []
-            for request in behind:
-                self._serve_one(request)
+            self._running.control.put_back(self._behind)
+            self._behind = []
 
     def get_ready(self) -> None:
         """Nothing is to be done: the complete copy of a migration waits for the go-ahead."""

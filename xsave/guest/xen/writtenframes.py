@@ -12,7 +12,6 @@ from __future__ import annotations
 import errno
 import os
 from bisect import bisect_left
-from typing import Self
 
 import numpy as np
 
@@ -90,12 +89,6 @@ class WrittenFrames:
         if self._file >= 0:
             os.close(self._file)
             self._file = -1
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
 
 def nr_chunks(machine: Machine) -> int:
