@@ -95,6 +95,19 @@ def test_answers_keep_their_order(scene):
     assert scene.control.waiting == []
 
 
+def test_answers_keep_their_order_while_memory_comes(scene):
+    """The same of a request that waits for all of the memory."""
+    client = Client(None)
+    scene.running.filling.active = True
+    for op in ("filled", "info"):
+        scene.control.waiting.append(Request(client, op, {}))
+    scene.ask("info")
+    assert [answer["state"] for answer in scene.answers] == ["running"]
+    scene.running.filling.active = False
+    scene.operations.serve()
+    assert [answer.get("state") for answer in scene.answers[1:]] == [None, "running"]
+
+
 def test_unpause_gives_more_time(scene):
     """At the horizon, and only there, unpause moves it on."""
     scene.ask("unpause")
