@@ -11,7 +11,7 @@ import pytest
 
 from xsave import console
 from xsave.errors import StorageError
-from xsave.progress import Finished, Pages, Stage
+from xsave.progress import Finished, Pages, Stage, undisturbed
 
 EVENTS = [
     Stage("save", "freeze", "asking"),
@@ -145,6 +145,25 @@ def test_a_reader_that_left_is_not(monkeypatch):
     monkeypatch.setattr(sys, "stdout", Broken(BrokenPipeError()))
     with pytest.raises(BrokenPipeError):
         console.text("x")
+
+
+def test_what_is_reported_goes_on_without_a_reader():
+    """Nothing is told to one who left; whatever else goes wrong with a report is an error."""
+    told = []
+
+    def report(event):
+        told.append(event)
+        if event == 2:
+            raise BrokenPipeError
+        if event == 0:
+            raise StorageError("no room")
+
+    tell = undisturbed(report)
+    with pytest.raises(StorageError):
+        tell(0)
+    for event in (1, 2, 3):
+        tell(event)
+    assert told == [0, 1, 2]
 
 
 def test_reporting_an_error_never_fails(monkeypatch):

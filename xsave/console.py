@@ -17,7 +17,18 @@ from dataclasses import asdict
 from typing import Any, TextIO
 
 from xsave.errors import StorageError
-from xsave.progress import Decided, Event, Finished, Followed, Pages, Report, Round, Stage, ignore
+from xsave.progress import (
+    Decided,
+    Event,
+    Finished,
+    Followed,
+    Pages,
+    Report,
+    Round,
+    Stage,
+    ignore,
+    undisturbed,
+)
 
 PAGE_SIZE = 4096
 ERROR_PREFIX = "xsave: error: "
@@ -75,11 +86,11 @@ def progress(mode: str = "auto", *, quiet: bool = False, verbose: bool = False) 
     `mode` is auto (draw on a terminal, else nothing, or stages as lines where `verbose`), json
     or none."""
     if mode == "json":
-        yield report_json
+        yield undisturbed(report_json)
     elif mode == "none" or quiet:
         yield ignore
     elif not sys.stderr.isatty():
-        yield report_lines if verbose else ignore
+        yield undisturbed(report_lines) if verbose else ignore
     else:
         with _terminal_progress() as report:
             yield report

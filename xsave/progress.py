@@ -87,3 +87,20 @@ Report = Callable[[Event], None]
 
 def ignore(event: Event) -> None:
     """A report callable for callers that do not care."""
+
+
+def undisturbed(report: Report) -> Report:
+    """Return a report that tells nothing more once its reader has left (`| head -1`): what a flow
+    does goes on as if somebody listened. Any other error of `report` is raised."""
+    listening = True
+
+    def tell(event: Event) -> None:
+        nonlocal listening
+        if not listening:
+            return
+        try:
+            report(event)
+        except BrokenPipeError:
+            listening = False
+
+    return tell

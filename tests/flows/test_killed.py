@@ -34,7 +34,9 @@ from tests.flows.flow import (
     wait_for,
     wait_for_tick,
 )
+from xsave.errors import MigrationCancelled
 from xsave.guest.xen.machine import XEN_FRAMES
+from xsave.host.host import add_host
 
 KILLS = int(os.environ.get("XSAVE_TEST_KILLS") or 50)
 
@@ -278,3 +280,46 @@ def test_a_restored_domain_dies_before_it_is_whole(xsave, localhost, builtin_ima
     (line,) = err.splitlines()
     assert line.startswith("xsave: error: ")
     nothing_is_left(localhost)
+
+
+# ---- who listens leaves
+
+
+@pytest.mark.parametrize("options", [[], ["--postcopy", "--yes"]], ids=["live", "postcopy"])
+def test_the_reader_of_a_migration_leaves(xsave, guest, options):
+    """`migrate --json | head -1`: the guest moves all the same, and is not lost on its way."""
+    target = add_host("b", 64 * MIB, seed=4)
+    process = xsave.start("migrate", "g", "--to", "b", "--json", *options, stdout=subprocess.PIPE)
+    with process:
+        assert process.stdout.readline()
+        process.stdout.close()
+        process.stderr.read()
+        assert process.wait(60) == 0
+    nothing_is_left(guest)
+    runs_on(target)
+
+
+def test_the_reader_of_a_failing_migration_leaves(xsave, guest):
+    """The exit status is still that of what went wrong."""
+    add_host("b", 64 * MIB, seed=4)
+    process = xsave.start(
+        "migrate", "g", "--to", "b", "--json", "--downtime", "1", "--timeout", "0.1",
+        "--on-timeout", "cancel", "--bandwidth", "1M", stdout=subprocess.PIPE,
+    )  # fmt: skip
+    with process:
+        assert process.stdout.readline()
+        process.stdout.close()
+        process.stderr.read()
+        assert process.wait(60) == MigrationCancelled.exit_code
+    runs_on(guest)
+
+
+def test_the_reader_of_a_save_leaves(xsave, guest, tmp_path):
+    """Whoever watches its progress: the image is written, and whole."""
+    process, wait_for_event = start_with_progress(xsave, "save", "g", tmp_path / "img")
+    with process:
+        wait_for_event(1)
+        process.stderr.close()
+        assert process.wait(60) == 0
+    nothing_is_left(guest)
+    xsave.ok("image", "verify", tmp_path / "img")

@@ -17,7 +17,7 @@ from xsave.commands.flows import (
     cpu_mismatch_option,
 )
 from xsave.errors import HandoverUndecided, MigrationCancelled, NotFound, UsageError
-from xsave.progress import Event, Pages, Report
+from xsave.progress import Event, Pages, Report, undisturbed
 from xsave.progress import Round as RoundEvent
 
 if TYPE_CHECKING:
@@ -181,6 +181,7 @@ def read_options(options: dict[str, Any]) -> Options:
 def lines(report: Report, settings: Settings) -> Report:
     """Return a report that also writes what happens, all but the pages, as lines on stdout."""
     settings.failure = {"outcome": "failed", "nr_rounds": 0, "bytes_sent": 0}
+    tell = undisturbed(lambda event: console.emit_json_line(console.event_fields(event)))
 
     def both(event: Event) -> None:
         report(event)
@@ -188,7 +189,7 @@ def lines(report: Report, settings: Settings) -> Report:
             settings.failure["nr_rounds"] = event.number
             settings.failure["bytes_sent"] += event.nr_bytes
         if not isinstance(event, Pages):
-            console.emit_json_line(console.event_fields(event))
+            tell(event)
 
     return both
 
