@@ -5,13 +5,14 @@ from __future__ import annotations
 import io
 import json
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from xsave import console
 from xsave.errors import StorageError
-from xsave.progress import Finished, Pages, Stage, undisturbed
+from xsave.progress import Finished, Pages, Round, Stage, undisturbed
 
 EVENTS = [
     Stage("save", "freeze", "asking"),
@@ -184,3 +185,10 @@ def test_reporting_an_error_never_fails(monkeypatch):
 )
 def test_human_bytes(count, text):
     assert console.human_bytes(count) == text
+
+
+def test_a_round_says_what_of_it_was_special():
+    usual = Round("migrate", 1, 9, 4, 0, 20000, 0.5, 3, 1e6, 2e6, 0.03)
+    assert "9 pages (4 empty)," in console.round_line(usual)
+    special = replace(usual, deferred_pages=2, skipped_pages=7)
+    assert "9 pages (4 empty, 2 deferred, 7 more skipped)," in console.round_line(special)

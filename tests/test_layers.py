@@ -67,7 +67,9 @@ LAYERS = {
     "xsave.precopy": set(),
     "xsave.rounds": {"xsave.live", "xsave.precopy", "xsave.guest.xen.domctl"},
     "xsave.live": FLOW
-    | {"xsave.save", "xsave.p2m", "xsave.view", "xsave.gathering", "xsave.guest.xen.logdirty"},
+    | {"xsave.save", "xsave.p2m", "xsave.view", "xsave.gathering", "xsave.skipping"}
+    | {"xsave.guest.xen.logdirty"},
+    "xsave.skipping": {"xsave.guest.xen.logdirty"},
     "xsave.save": FLOW | {"xsave.p2m", "xsave.view", "xsave.gathering"},
     "xsave.gathering": FLOW,
     "xsave.restore": FLOW

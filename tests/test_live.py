@@ -3,15 +3,16 @@ was. The guest is a stand-in whose frames, types and p2m change at random."""
 
 from __future__ import annotations
 
+from collections import Counter
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.test_gathering import as_bytes
-from xsave import live, view
+from xsave import gathering, live, skipping, view
 from xsave.canonical import canonicalise
 from xsave.errors import GuestStateError
 from xsave.frames import INVALID_P2M_ENTRY, PTE_PRESENT, PageType
@@ -109,13 +110,21 @@ class Guest:
 
 
 class Log:
-    """The stand-in's writes."""
+    """The stand-in's writes. during: what it does before each peek, one after the other; times:
+    how often each pfn was sent."""
 
     kind = "test"
+    peeks = True
 
-    def __init__(self, guest):
+    def __init__(self, guest, during=()):
         self.guest, self.pages = guest, guest.machine.mem
         self.touched = guest.machine.resident
+        self.during, self.times = list(during), Counter()
+
+    def peek(self):
+        if self.during:
+            act(self.guest, *self.during.pop(0))
+        return np.flatnonzero(self.guest.dirty)
 
     def clean(self):
         found, self.guest.dirty = self.guest.dirty, np.zeros(NR_FRAMES, bool)
@@ -177,16 +186,15 @@ def guest_p2m():
         yield
 
 
-def migrate(guest, rounds, zeroes):
+def migrate(guest, rounds, zeroes, log=None):
     """Write all of it, with these actions before each round and before the end; return
     {pfn: (type, bytes or None)} as the last records have it."""
-    out = []
-    writer = LiveWriter(
-        guest, lambda bs: out.append(as_bytes(bs)), ignore, Log(guest), zeroes=zeroes
-    )
+    out, log = [], log or Log(guest)
+    writer = LiveWriter(guest, lambda bs: out.append(as_bytes(bs)), ignore, log, zeroes=zeroes)
     writer.begin()
     for before in rounds:
-        writer.send_round()
+        sent = writer.send_round()
+        assert sent.nr_pages + sent.skipped_pages <= SIZE
         for action in before:
             act(guest, *action)
         writer.look()
@@ -195,6 +203,7 @@ def migrate(guest, rounds, zeroes):
     last = {}
     for item in StreamDecoder(reader(b"".join(out))):
         if isinstance(item.value, PageBatch):
+            log.times.update(item.value.pfns.tolist())
             pages = iter(item.value.pages)
             for pfn, kind, data in zip(
                 item.value.pfns.tolist(),
@@ -228,7 +237,11 @@ def test_the_last_of_each_page_counts(seed, rounds, zeroes):
     """Pages written, emptied, exchanged, given up and taken back, tables that come, go and do not
     resolve: in the end the stream says of every pfn what the suspended guest has there."""
     guest = Guest(seed)
-    last, want = migrate(guest, rounds, zeroes), expected(guest)
+    is_as_expected(migrate(guest, rounds, zeroes), guest)
+
+
+def is_as_expected(last, guest):
+    want = expected(guest)
     assert set(last) == set(range(SIZE))
     for pfn in range(FIRST, SIZE):
         kind, content = last[pfn]
@@ -238,6 +251,56 @@ def test_the_last_of_each_page_counts(seed, rounds, zeroes):
             assert content == want[pfn][1], pfn
     present = np.frombuffer(last[P2M_PAGE][1], np.uint64)[:SIZE]
     assert np.array_equal(present != _INVALID, guest.p2m != _INVALID)
+
+
+@pytest.fixture
+def small_rounds(monkeypatch):
+    """Rounds of few pages, and a look at what was written again before each few of them."""
+    monkeypatch.setattr(gathering, "MAX_BATCH", 4)
+    monkeypatch.setattr(gathering, "_WINDOW", 8)
+    for place, name in (
+        (live, "MAX_BATCH"), (live, "_FEW_PAGES"), (live, "_MEASURED_BYTES"),
+        (skipping, "_FIRST_S"), (skipping, "_INTERVAL_S"), (skipping, "_PART"),
+    ):  # fmt: skip
+        monkeypatch.setattr(place, name, 0)
+
+
+@given(
+    st.integers(0, 99), st.lists(st.lists(actions, max_size=4), min_size=1, max_size=5),
+    st.lists(actions, max_size=60), st.booleans(),
+)  # fmt: skip
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@pytest.mark.usefixtures("small_rounds")
+def test_what_happens_during_a_round(seed, rounds, during, zeroes):
+    """The same, between one batch of a round and the next: pages that are left out and change
+    into something else before they are sent, too."""
+    guest = Guest(seed)
+    is_as_expected(migrate(guest, rounds, zeroes, Log(guest, during)), guest)
+
+
+@pytest.mark.usefixtures("small_rounds")
+def test_what_is_written_again_is_left_out():
+    """An ordinary page that was written since the round began is not sent in it, but once more
+    only; nor is what was written between switching the log on and the first round. What has had its
+    turn before comes again, a page table always."""
+    guest = Guest(6)
+    guest.dirty[:] = False
+    act(guest, "write", 12)
+    act(guest, "table", 13)
+    log = Log(guest, [("write", 20), ("table", 13), ("write", 5), ("table", 31)])
+    is_as_expected(migrate(guest, [[]], True, log), guest)
+    assert [log.times[pfn] for pfn in (12, 20, 31)] == [1, 1, 1]
+    assert [log.times[pfn] for pfn in (5, 13)] == [2, 2]
+
+
+@pytest.mark.usefixtures("small_rounds")
+def test_a_log_that_is_slow_to_ask_is_not_asked():
+    guest = Guest(7)
+    log = Log(guest, [("write", 20)])
+    log.peeks = False
+    is_as_expected(migrate(guest, [[]], True, log), guest)
+    assert log.during
+    assert {log.times[pfn] for pfn in range(FIRST, SIZE)} == {1}
 
 
 def test_a_table_that_changes_its_type_only():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 from hypothesis import given
@@ -22,6 +23,7 @@ from xsave.precopy import (
     decide,
     simulate,
 )
+from xsave.rounds import dirty_after
 
 rates = st.floats(0, 1e11)
 stats = st.builds(
@@ -34,6 +36,7 @@ stats = st.builds(
     overhead_s=st.floats(0, 10),
     stalled_rounds=st.integers(0, 50),
     throttle_percent=st.integers(0, 99),
+    again_bytes=rates,
 )
 limits = st.builds(
     Limits,
@@ -107,6 +110,21 @@ def test_the_first_round_is_followed_by_another(nr_rounds, pending, action):
     assert decide(seen, Limits(downtime_s=0.3)).action == action
 
 
+@pytest.mark.parametrize(
+    ("again", "downtime", "action"),
+    [
+        (7 << 20, 0.3, CONTINUE), (9 << 20, 0.3, STOP), (16 << 20, 0.3, STOP),
+        (9 << 20, 0.01, CONTINUE),
+    ],
+)  # fmt: skip
+def test_a_second_round_is_to_be_worth_it(again, downtime, action):
+    """Of 16 MiB that fit into the downtime anyway, it is to leave less than half."""
+    seen = Stats(1, 1.0, 16 << 20, 0.0, 1e9, again_bytes=again)
+    decision = decide(seen, Limits(downtime_s=downtime))
+    assert decision.action == action
+    assert ("more than asked for" in decision.reason) == (downtime == 0.01)
+
+
 def test_auto_converge_throttles_step_by_step():
     """Each round that brought nothing throttles more, up to 99 %; then hope is over."""
     seen = Stats(3, 1.0, 1 << 32, 1e9, 1e9, stalled_rounds=3)
@@ -141,12 +159,34 @@ def test_progress_is_counted():
     st.integers(0, 1 << 36), rates, st.floats(1, 1e11), st.floats(0, 1), limits, st.floats(0, 1e10)
 )
 def test_a_simulation_ends(first, rate, bandwidth, overhead, limits, set_bytes):
-    """Whatever was measured: an outcome, within the rounds, and all bytes sent at least once."""
+    """Whatever was measured: an outcome, within the rounds, and if the guest is moved, all bytes
+    sent at least once."""
     estimate = simulate(first, lambda s: min(rate * s, set_bytes), bandwidth, overhead, limits)
     assert estimate.outcome in (STOP, CANCEL)
     assert 1 <= estimate.nr_rounds <= MAX_ROUNDS
-    assert estimate.bytes_sent >= first
+    assert estimate.bytes_sent >= (first if estimate.outcome == STOP else 0)
     assert estimate.total_s >= estimate.downtime_s >= 0
+
+
+def test_what_is_written_all_the_time_is_sent_once_or_half():
+    """32 MiB of 96 within any time there is: what a round leaves out, half of that, comes at the
+    stop; and the stop comes behind the first round, as no other one would bring anything."""
+    estimate = simulate(96 << 20, lambda s: 32 << 20 if s else 0, 1e9, 0.0, Limits())
+    assert (estimate.outcome, estimate.nr_rounds) == (STOP, 1)
+    assert estimate.bytes_sent == (96 - 16 + 32) << 20
+
+
+@given(st.lists(st.tuples(st.floats(0.01, 10), st.floats(0, 1e9)), min_size=1, max_size=5))
+def test_between_two_looks_writes_are_taken_to_be_even(steps):
+    """At each look what it found, between in proportion, and never less than nothing."""
+    looks = [(0.0, 0.0)]
+    for seconds, nr_bytes in steps:
+        looks.append((looks[-1][0] + seconds, looks[-1][1] + nr_bytes))
+    for (a, low), (b, high) in pairwise(looks):
+        assert dirty_after(b, looks) == pytest.approx(high)
+        assert dirty_after((a + b) / 2, looks) == pytest.approx((low + high) / 2)
+    assert dirty_after(looks[-1][0] + 1, looks) >= looks[-1][1]
+    assert dirty_after(5, [(0, 0), (1, 10), (2, 0)]) == 0
 
 
 def test_the_command_has_the_same_defaults():

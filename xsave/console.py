@@ -122,9 +122,13 @@ def report_lines(event: Event) -> None:
 
 def round_line(event: Round) -> str:
     """Say what a round did, in columns."""
-    deferred = f", {event.deferred_pages} deferred" if event.deferred_pages else ""
+    of_these = f"{event.zero_pages} empty"
+    if event.deferred_pages:
+        of_these += f", {event.deferred_pages} deferred"
+    if event.skipped_pages:
+        of_these += f", {event.skipped_pages} more skipped"
     return (
-        f"round {event.number:2}: {event.nr_pages:8} pages ({event.zero_pages} empty{deferred}), "
+        f"round {event.number:2}: {event.nr_pages:8} pages ({of_these}), "
         f"{human_bytes(event.nr_bytes):>9} in {event.seconds:6.2f} s "
         f"({human_bytes(int(event.bandwidth))}/s); written meanwhile: {event.pending_pages:7} "
         f"pages ({human_bytes(int(event.dirty_rate))}/s); "

@@ -95,7 +95,8 @@ class Gatherer:
     p2m (n,) u64, types (n,) u8 (XTAB where p2m has no frame); patches(pfns): those of these pfns,
     which may turn types into XTAB. pfns (k,) intp, ascending: all, if None. unsent (n,) bool, if
     given: of those pfns the other end never had any bytes, and zeros need none; those that get
-    some are taken out.
+    some are taken out. skip(pfns), if given, which of them are left out, (n,) bool, asked when
+    their turn comes.
     """
 
     def __init__(
@@ -108,6 +109,7 @@ class Gatherer:
         pfns: np.ndarray | None = None,
         frames: Frames | None = None,
         unsent: np.ndarray | None = None,
+        skip: Callable[[np.ndarray], np.ndarray] | None = None,
     ) -> None:
         self._frames = frames or OwnFrames(domctl)
         self._mem = self._frames.pages
@@ -116,6 +118,7 @@ class Gatherer:
         self._patches_of = patches
         self._pfns = np.arange(p2m.size) if pfns is None else pfns
         self._unsent = unsent
+        self._skip = skip
 
     def __iter__(self) -> Iterator[Batch]:
         for start in range(0, self._pfns.size, _WINDOW):
@@ -123,8 +126,12 @@ class Gatherer:
             patches = self._patches_of(pfns)
             sources = self._sources(pfns, patches)
             for first in range(0, pfns.size, MAX_BATCH):
-                part = slice(first, first + MAX_BATCH)
-                yield self._batch(pfns[part], sources[part], patches)
+                some, origin = pfns[first : first + MAX_BATCH], sources[first : first + MAX_BATCH]
+                if self._skip is not None:
+                    kept = ~self._skip(some)
+                    some, origin = some[kept], origin[kept]
+                if some.size:
+                    yield self._batch(some, origin, patches)
 
     def _sources(self, pfns: np.ndarray, patches: Patches) -> np.ndarray:
         """Return where the pages of these pfns come from, (n,) u8."""

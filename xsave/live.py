@@ -2,7 +2,8 @@
 
     begin    static records and the p2m's frames, as a save writes them
     round    what has to be sent now: all, at first; then what was written, what is another frame
-             than before, what became or ceased to be a page table, what was deferred
+             than before, what became or ceased to be a page table, what was deferred; but for
+             ordinary pages that were written again meanwhile (skipping.py), which stay due
     finish   the guest is suspended: the rest, with nothing deferred any more; vCPUs; END
              or, with post-copy, only what it takes to start the guest, and the names of the rest
 
@@ -35,11 +36,14 @@ from xsave.p2m import PER_PAGE, GuestP2m
 from xsave.progress import Report
 from xsave.public import StartInfo, VcpuGuestContext
 from xsave.save import Seen, Writer
+from xsave.skipping import Skipping
 from xsave.view import View
 
 _INVALID = np.uint64(INVALID_P2M_ENTRY)
 #: Of so few pages nobody asks which were ever touched: to ask takes longer than to look.
 _FEW_PAGES = 4096
+#: Of a round's first bytes none are left out: how long they take is the bandwidth.
+_MEASURED_BYTES = 4 << 20
 #: A running guest may be just about to publish another p2m: look again, so often and after so long.
 _LOOKS, _LOOK_AGAIN_S = 10, 0.003
 
@@ -50,13 +54,15 @@ _Last = tuple[Callable[[], DomainState], Callable[[], list[VcpuState]], Callable
 
 @dataclass(frozen=True)
 class Round:
-    """What one round sent. zero_pages are counted in nr_pages; deferred_pages came without data."""
+    """What one round sent. zero_pages are counted in nr_pages; deferred_pages came without data,
+    skipped_pages not at all."""
 
     nr_pages: int
     zero_pages: int
     deferred_pages: int
     nr_bytes: int
     seconds: float
+    skipped_pages: int = 0
 
 
 class AllTouched:
@@ -89,6 +95,7 @@ class LiveWriter(Writer):
     ) -> None:
         super().__init__(domctl, write, report)
         self._log = log
+        self._skipping = Skipping(log, domctl.machine.nr_frames)
         self._zeroes = zeroes
         self._view = View(domctl)
         self._pending = self._unsent = np.zeros(0, bool)
@@ -101,9 +108,11 @@ class LiveWriter(Writer):
         self.left_out = self.left_out_mfns = np.empty(0, np.int64)
 
     def begin(self) -> None:
-        """Write what precedes the pages; all of them are pending then. Raises GuestStateError."""
-        seen = self._see(self._log.clean())
-        self._write_head(seen)
+        """Write what precedes the pages; all of them are pending then. What was written since the
+        log is on, is likely to be again. Raises GuestStateError."""
+        dirty = self._log.clean()
+        self._skipping.cleaned(hot=dirty)
+        self._write_head(self._see(dirty))
         if self._postcopy:
             self._record(postcopy.PostcopyBegin())
 
@@ -112,6 +121,11 @@ class LiveWriter(Writer):
         """Bytes of the pages that are due."""
         with_data = self._pending & (self._view.types != PageType.XTAB)
         return int(np.count_nonzero(with_data)) * PAGE_SIZE
+
+    @property
+    def growth(self) -> list[tuple[float, float]]:
+        """How many bytes were dirty so many seconds after the last look, as far as seen."""
+        return self._skipping.growth
 
     @property
     def nr_tables(self) -> int:
@@ -126,8 +140,9 @@ class LiveWriter(Writer):
 
     def look(self) -> None:
         """Add to what is pending all that changed since the last look. Raises GuestStateError."""
-        told = self._frames
-        self._tell_frames(told, self._see(self._log.clean()))
+        told, dirty = self._frames, self._log.clean()
+        self._skipping.cleaned()
+        self._tell_frames(told, self._see(dirty))
 
     def _tell_frames(self, told: np.ndarray, seen: Seen) -> None:
         if self._frames is not told:
@@ -255,13 +270,15 @@ class LiveWriter(Writer):
         before = self.nr_pages, self.zero_pages, self.image_bytes
         pfns = np.flatnonzero(self._pending)
         types = self._view.types.copy()
+        skippable = types == PageType.NOTAB
+        skippable[self._frames] = skippable[self._view.list_frames] = False
         self._sent_p2m[pfns] = self._p2m[pfns]
         rows = np.flatnonzero(self._pending[self._frames])
         p2m_pages = (self._frames[rows], canonical_p2m(self._p2m, rows=rows))
         known = Patches.of((p2m_pages, (known.pfns, known.pages)))
         self._rewritten[rows] = False
         self._pending = np.zeros(types.size, bool)
-        deferred = 0
+        deferred = skipped = 0
 
         def patches(some: np.ndarray) -> Patches:
             nonlocal deferred
@@ -272,18 +289,29 @@ class LiveWriter(Writer):
             inside = known.among(some)
             return Patches.of(((inside.pfns, inside.pages), (tables, pages)))
 
+        def skip(some: np.ndarray) -> np.ndarray:
+            nonlocal skipped
+            if self.image_bytes < before[-1] + _MEASURED_BYTES:
+                return np.zeros(some.size, bool)
+            again = skippable[some]
+            again[again] = self._skipping.among(self._p2m[some[again]])
+            self._pending[some[again]] = True
+            skipped += int(np.count_nonzero(again))
+            return again
+
         self._send(
             Gatherer(
                 self._domctl, self._p2m, types, patches, pfns=pfns,
                 frames=self._log if pfns.size > _FEW_PAGES else AllTouched(self._log),
                 unsent=self._unsent if self._zeroes else None,
+                skip=None if final or pfns.size <= MAX_BATCH else skip,
             ),
             few=pfns.size <= MAX_BATCH,
         )  # fmt: skip
         nr_pages, zero_pages, image_bytes = before
         return Round(
             self.nr_pages - nr_pages, self.zero_pages - zero_pages, deferred,
-            self.image_bytes - image_bytes, time.monotonic() - started,
+            self.image_bytes - image_bytes, time.monotonic() - started, skipped,
         )  # fmt: skip
 
     def _table_pages(self, pfns: np.ndarray) -> np.ndarray:

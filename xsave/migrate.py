@@ -207,7 +207,6 @@ class Sender:
         channel = self._receiver.channel(self._options.compress_level, self._options.bandwidth)
         try:
             self._stage("connect")
-            self._receiver.greet()
             writer = self._send_live(channel) if live else self._send_image(channel)
             channel.flush()
             self._stage("hand over")
@@ -255,6 +254,7 @@ class Sender:
         self._freeze_ns = self._suspended_ns - asked_ns
 
     def _send_image(self, channel: Channel) -> Writer:
+        self._receiver.greet()
         self._suspend()
         writer = Writer(self._domctl, channel.write, self._relabel)
         writer.run()
@@ -265,6 +265,7 @@ class Sender:
         self._dirty_log = log.kind
         self._stage("log dirty", log.kind)
         try:
+            self._receiver.greet()  # what the guest writes meanwhile is logged
             zeroes = self._receiver.is_xsave
             postcopy = self._options.postcopy
             writer = LiveWriter(

@@ -4,7 +4,8 @@
                                                                           | cancel
 
 It stops as soon as what is pending can be sent within the downtime that was asked for, but for the
-very first round, which took so long that one more, short one is always worth it. It also stops
+very first round, which took so long that one more, short one is worth it; unless the guest would
+write more than half of that again before it is through. It also stops
 when the time or the rounds are up, and when rounds do not bring the pending bytes down any more;
 what happens then the operator has chosen:
 
@@ -34,6 +35,8 @@ _PROGRESS = 0.9
 _HOPELESS_ROUNDS = 3
 #: So little is not worth a second round.
 _FEW_BYTES = 1 << 20
+#: Nor is what leaves more than this part of what is pending.
+_WORTHWHILE = 0.5
 #: QEMU's defaults for cpu-throttle-initial, -increment and max-cpu-throttle.
 _THROTTLE_FIRST, _THROTTLE_STEP, _THROTTLE_MAX = 20, 10, 99
 
@@ -54,7 +57,8 @@ class Stats:
     """Where a migration is. Rates in bytes a second.
 
     pending_bytes: what would have to be sent after a suspend now; overhead_s: what such a stop
-    takes besides; stalled_rounds: rounds in a row that did not bring the pending bytes down.
+    takes besides; stalled_rounds: rounds in a row that did not bring the pending bytes down;
+    again_bytes: what would be written while the pending bytes are sent.
     """
 
     nr_rounds: int
@@ -65,6 +69,7 @@ class Stats:
     overhead_s: float = 0.0
     stalled_rounds: int = 0
     throttle_percent: int = 0
+    again_bytes: float = 0.0
 
     @property
     def downtime_s(self) -> float:
@@ -97,8 +102,12 @@ def decide(stats: Stats, limits: Limits) -> Decision:
         return Decision(action, reason, estimate, throttle)
 
     would = f"it would stand still for {_ms(estimate)}"
-    if estimate <= limits.downtime_s and (stats.nr_rounds > 1 or stats.pending_bytes <= _FEW_BYTES):
-        return decision(STOP, f"{_ms(estimate)} of downtime are within {_ms(limits.downtime_s)}")
+    if estimate <= limits.downtime_s:
+        within = f"{_ms(estimate)} of downtime are within {_ms(limits.downtime_s)}"
+        if stats.nr_rounds > 1 or stats.pending_bytes <= _FEW_BYTES:
+            return decision(STOP, within)
+        if stats.again_bytes > stats.pending_bytes * _WORTHWHILE:
+            return decision(STOP, f"{within}, and one round more would not halve them")
     if stats.elapsed_s >= limits.timeout_s:
         return decision(limits.on_timeout, f"{limits.timeout_s:g} s are over; {would}")
     if stats.nr_rounds >= limits.max_rounds:
@@ -110,6 +119,8 @@ def decide(stats: Stats, limits: Limits) -> Decision:
         return decision(CONTINUE, f"{rates}: its vCPUs rest for {more} % of the time", more)
     if stats.stalled_rounds >= _HOPELESS_ROUNDS and limits.on_timeout == STOP:
         return decision(STOP, f"{rates}, more rounds would bring nothing; {would}")
+    if estimate <= limits.downtime_s:
+        return decision(CONTINUE, f"one round more makes {_ms(estimate)} of downtime less")
     return decision(CONTINUE, f"{_ms(estimate)} of downtime are more than asked for")
 
 
@@ -154,14 +165,16 @@ def simulate(
 ) -> Estimate:
     """Play a migration through: dirty_bytes(s) are written in so many seconds.
 
-    A throttled guest is taken to write so much less."""
+    A throttled guest is taken to write so much less. Of what is written again while a round is
+    sent, half had not had its turn, and is left out."""
     stats = Stats(0, 0.0, first_bytes, 0.0, max(bandwidth, 1.0), overhead_s)
     progress, sent, pending = Progress(), 0, first_bytes
     while True:
         seconds = max(pending / stats.bandwidth, 1e-3)
-        sent += pending
         share = 1 - stats.throttle_percent / 100
-        pending = int(min(dirty_bytes(seconds * share), first_bytes))
+        again = int(min(dirty_bytes(seconds * share), first_bytes))
+        sent += pending - min(again, pending) // 2
+        pending = again
         progress.saw(pending)
         stats = replace(
             stats,
@@ -170,6 +183,7 @@ def simulate(
             pending_bytes=pending,
             dirty_rate=pending / seconds,
             stalled_rounds=progress.stalled_rounds,
+            again_bytes=dirty_bytes(pending / stats.bandwidth * share),
         )
         decision = decide(stats, limits)
         if decision.action != CONTINUE:

@@ -44,7 +44,8 @@ class Finished:
 @dataclass(frozen=True)
 class Round:
     """A round of a live migration is over. Rates in bytes a second; pending_pages: what was written
-    meanwhile; deferred_pages: page tables that could not be sent yet."""
+    meanwhile; deferred_pages: page tables that could not be sent yet; skipped_pages: what was
+    written again before it was sent, and left out."""
 
     operation: str
     number: int
@@ -57,6 +58,7 @@ class Round:
     dirty_rate: float
     bandwidth: float
     estimated_downtime_s: float
+    skipped_pages: int = 0
 
 
 @dataclass(frozen=True)

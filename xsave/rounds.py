@@ -9,8 +9,9 @@ to suspend, hand over or give up is migrate.py's.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 from xsave.frames import PAGE_SIZE
 from xsave.guest.xen.domctl import Domctl
@@ -39,7 +40,17 @@ _MIN_ROUND_S = 0.01
 #: What the other end does about a page table, a page of the p2m or any page once it has come, ahead
 #: of the stop. While the first round is on its way it has no time for that.
 _TABLE_S, _P2M_PAGE_S, _PAGE_S = 6e-5, 4e-5, 1.5e-6
-_SAMPLES_S = (0.1, 0.2, 0.4)
+#: What a round leaves out makes the next one no sooner: a guest may calm down meanwhile. At most:
+_WAIT_S = 5.0
+_SAMPLES_S = (0.02, 0.05, 0.1, 0.2, 0.4)
+
+
+def dirty_after(seconds: float, looks: Sequence[tuple[float, float]]) -> float:
+    """Return how many bytes get dirty in so many seconds, by looks at it, (seconds, bytes), the
+    first of them (0, 0): between two in proportion, beyond the last as from the one before."""
+    known = next((i for i, (at, _) in enumerate(looks) if at >= seconds), len(looks) - 1)
+    (a, low), (b, high) = looks[max(known, 1) - 1], looks[max(known, 1)]
+    return max(low + (high - low) * (seconds - a) / max(b - a, 1e-6), 0.0)
 
 
 class Precopy:
@@ -89,6 +100,7 @@ class Precopy:
                 self._throttle = decision.throttle_percent
                 self._domctl.throttle(self._throttle)
                 self._progress.begin_anew()
+            self._wait_for(sent.skipped_pages * PAGE_SIZE)
 
     def run_once(self) -> Decision:
         """Send one round, behind which the guest is to go whatever is left: post-copy."""
@@ -99,6 +111,11 @@ class Precopy:
         self._tell(sent, stats, decision)
         return decision
 
+    def _wait_for(self, skipped_bytes: int) -> None:
+        """Let as much time pass as it would have taken to send these."""
+        left_s = self._limits.timeout_s - (time.monotonic() - self._began)
+        time.sleep(max(0.0, min(skipped_bytes / max(self._bandwidth, 1.0), left_s, _WAIT_S)))
+
     def _measure(self, sent: Sent, wire_bytes: int) -> Stats:
         settle_s = 0.0
         if self.nr_rounds == 1:
@@ -106,11 +123,12 @@ class Precopy:
             settle_s = writer.nr_tables * _TABLE_S + writer.nr_p2m_pages * _P2M_PAGE_S
             settle_s += (sent.nr_pages - sent.zero_pages) * _PAGE_S
         time.sleep(max(_MIN_ROUND_S - sent.seconds, settle_s))
-        looks = time.monotonic()
+        grew, looks = self._writer.growth, time.monotonic()
         self._writer.look()
         now = time.monotonic()
         interval, self._looked = looks - self._looked, looks
         pending = self._writer.pending_bytes
+        grew = [*grew, (interval, float(pending))]
         self._progress.saw(pending)
         if wire_bytes >= _MEASURED_BYTES or not self._bandwidth:
             # Of the image's bytes, as the pending ones are: compressed they are worth more.
@@ -124,6 +142,7 @@ class Precopy:
             overhead_s=HAND_OVER_S + now - looks,
             stalled_rounds=self._progress.stalled_rounds,
             throttle_percent=self._throttle,
+            again_bytes=dirty_after(pending / max(self._bandwidth, 1.0), grew),
         )
 
     def _tell(self, sent: Sent, stats: Stats, decision: Decision) -> None:
@@ -140,6 +159,7 @@ class Precopy:
                 dirty_rate=stats.dirty_rate,
                 bandwidth=stats.bandwidth,
                 estimated_downtime_s=stats.downtime_s,
+                skipped_pages=sent.skipped_pages,
             )
         )
         self._report(
@@ -193,13 +213,9 @@ def dry_run(
         writer.look()
         looks.append((interval, float(writer.pending_bytes)))
 
-    def dirty_bytes(seconds: float) -> float:
-        """Between two samples in proportion, beyond the last one as from the one before to it."""
-        known = next((i for i, (at, _) in enumerate(looks) if at >= seconds), len(looks) - 1)
-        (a, low), (b, high) = looks[max(known, 1) - 1], looks[max(known, 1)]
-        return max(low + (high - low) * (seconds - a) / max(b - a, 1e-6), 0.0)
-
-    known = sent.nr_bytes, dirty_bytes, bandwidth, HAND_OVER_S + look_s
+    first_bytes = sent.nr_bytes + sent.skipped_pages * PAGE_SIZE
+    dirty_bytes = partial(dirty_after, looks=looks)
+    known = first_bytes, dirty_bytes, bandwidth, HAND_OVER_S + look_s
     estimate = simulate(*known, limits) if limits else simulate_postcopy(*known)
     interval, written = looks[-1]
     return DryRun(

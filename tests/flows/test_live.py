@@ -189,6 +189,45 @@ def test_a_bandwidth_is_kept(host, target):
     moved(host, target)
 
 
+def test_what_is_written_all_the_time_is_sent_once(host, target, monkeypatch):
+    """Not in the first round, nor in another that would bring nothing; at the stop, and as it is
+    then. Each page that the guest rewrites within a round comes only once."""
+    if host.info()["dirty_log"] != USERFAULTFD:
+        pytest.skip("this kernel cannot log writes by write protection")
+    oracle, events = Oracle(monkeypatch, target), []
+    start(host, cmdline="touch=8M write=16M rate=2000M", memory_bytes=48 * MIB)
+    limits = Limits(downtime_s=3)  # it is slow while the other end still starts
+    result = migrate_live(host, target, limits=limits, report=events.append)
+    assert oracle.found.different == ()
+    (first,) = [event for event in events if isinstance(event, Round)]
+    assert first.skipped_pages > 3000
+    assert "would not halve" in next(e.reason for e in events if isinstance(e, Decided))
+    # The 4096 twice would be 16384; of the round's first 1024 none are left out.
+    assert result.nr_pages < (48 + 8) * MIB >> 12
+    moved(host, target)
+
+
+def test_what_is_left_out_gives_the_guest_no_less_time(host, target):
+    """Rounds that leave out nearly everything last as long as if they sent it."""
+    if host.info()["dirty_log"] != USERFAULTFD:
+        pytest.skip("this kernel cannot log writes by write protection")
+    events, at = [], []
+
+    def report(event):
+        if isinstance(event, Round):
+            events.append(event)
+            at.append(time.monotonic())
+
+    start(host, cmdline="write=8M rate=2000M")
+    limits = Limits(downtime_s=1e-6, max_rounds=3)
+    migrate_live(host, target, limits=limits, bandwidth=16 * MIB, report=report)
+    second = events[1]
+    left_out_s = second.skipped_pages * 4096 / (16 * MIB)
+    assert left_out_s > 0.1
+    assert at[2] - at[1] > 0.8 * left_out_s
+    moved(host, target)
+
+
 def test_auto_converge(host, target):
     """A guest that outruns the wire is throttled, more and more, and at the target no more."""
     events = []

@@ -39,6 +39,8 @@ class LogDirty(Protocol):
 
     kind: str
     pages: np.ndarray
+    #: To peek takes much less time than to send what is found.
+    peeks: bool
 
     def touched(self, mfns: np.ndarray) -> np.ndarray:
         """Return (n,) bool: False for those whose rows of `pages` hold zeros."""
@@ -62,6 +64,7 @@ class WrittenLog:
     the frames, as u32."""
 
     kind = USERFAULTFD
+    peeks = True
 
     def __init__(self, machine: Machine, ask: Ask) -> None:
         self.pages = machine.mem
@@ -90,6 +93,7 @@ class CompareLog:
     """
 
     kind = COMPARE
+    peeks = False
 
     def __init__(self, machine: Machine, domid: int, ask: Ask) -> None:
         self._machine = machine
