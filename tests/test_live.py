@@ -287,7 +287,7 @@ def test_what_is_written_again_is_left_out():
     guest.dirty[:] = False
     act(guest, "write", 12)
     act(guest, "table", 13)
-    log = Log(guest, [("write", 20), ("table", 13), ("write", 5), ("table", 31)])
+    log = Log(guest, [("write", 20), ("table", 13), ("write", 5), ("table", 31), ("write", 12)])
     is_as_expected(migrate(guest, [[]], True, log), guest)
     assert [log.times[pfn] for pfn in (12, 20, 31)] == [1, 1, 1]
     assert [log.times[pfn] for pfn in (5, 13)] == [2, 2]
