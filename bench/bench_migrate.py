@@ -76,14 +76,14 @@ def main() -> None:
     for case in left_out:
         del CASES[case]
     try:
-        for memory in options.memory.split(","):
+        for memory in options.memory:
             for host in ("a", "b"):
                 name = host + memory
                 run("host", "add", name, "--memory", f"{mebibytes(memory) + 512}M")
                 if sshd:
                     far = ["--ssh", "far", "--command", far_command(home), "--remote-host", name]
                     run("host", "add", f"far-{name}", *far)
-            for writer in options.writers.split(","):
+            for writer in options.writers:
                 touch = f"touch={mebibytes(memory) // _TOUCHED}M heartbeat={_BEAT_MS}"
                 how = ["--cmdline", f"{touch} {WRITERS[writer]}"]
                 results += measure(memory, writer, how, options.rounds)
@@ -243,10 +243,28 @@ def show(rows: list[dict[str, Any]]) -> None:
         )
 
 
+def sizes(text: str) -> list[str]:
+    if not all(re.fullmatch(r"[1-9][0-9]*[MG]", size) for size in text.split(",")):
+        raise argparse.ArgumentTypeError(f"{text!r}: expected sizes like 256M,1G")
+    return text.split(",")
+
+
+def writers(text: str) -> list[str]:
+    named = [name for name in text.split(",") if name]
+    if unknown := set(named) - WRITERS.keys():
+        raise argparse.ArgumentTypeError(f"{unknown.pop()!r}: expected {','.join(WRITERS)}")
+    return named
+
+
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--memory", default="256M,1G", help="sizes, with commas (256M,1G)")
-    parser.add_argument("--writers", default=",".join(WRITERS), help="idle,light,heavy")
+    parser.add_argument(
+        "--memory", default="256M,1G", type=sizes, help="sizes, with commas (256M,1G)"
+    )
+    parser.add_argument(
+        "--writers", default=",".join(WRITERS), type=writers,
+        help="idle,light,heavy; '' for none, a Linux alone",
+    )  # fmt: skip
     parser.add_argument("--rounds", type=int, default=5)
     names = list(CASES)
     parser.add_argument(
