@@ -42,7 +42,8 @@ from xsave.view import View
 _INVALID = np.uint64(INVALID_P2M_ENTRY)
 #: Of so few pages nobody asks which were ever touched: to ask takes longer than to look.
 _FEW_PAGES = 4096
-#: Of a round's first bytes none are left out: how long they take is the bandwidth.
+#: A round that left out nearly all of it sends so much all the same: how long that takes is the
+#: bandwidth.
 _MEASURED_BYTES = 4 << 20
 #: A running guest may be just about to publish another p2m: look again, so often and after so long.
 _LOOKS, _LOOK_AGAIN_S = 10, 0.003
@@ -291,23 +292,28 @@ class LiveWriter(Writer):
 
         def skip(some: np.ndarray) -> np.ndarray:
             nonlocal skipped
-            if self.image_bytes < before[-1] + _MEASURED_BYTES:
-                return np.zeros(some.size, bool)
             again = skippable[some]
             again[again] = self._skipping.among(self._p2m[some[again]])
             self._pending[some[again]] = True
             skipped += int(np.count_nonzero(again))
             return again
 
-        self._send(
-            Gatherer(
-                self._domctl, self._p2m, types, patches, pfns=pfns,
-                frames=self._log if pfns.size > _FEW_PAGES else AllTouched(self._log),
-                unsent=self._unsent if self._zeroes else None,
-                skip=None if final or pfns.size <= MAX_BATCH else skip,
-            ),
-            few=pfns.size <= MAX_BATCH,
-        )  # fmt: skip
+        def send(pfns: np.ndarray, skip: Callable[[np.ndarray], np.ndarray] | None) -> None:
+            self._send(
+                Gatherer(
+                    self._domctl, self._p2m, types, patches, pfns=pfns,
+                    frames=self._log if pfns.size > _FEW_PAGES else AllTouched(self._log),
+                    unsent=self._unsent if self._zeroes else None, skip=skip,
+                ),
+                few=pfns.size <= MAX_BATCH,
+            )  # fmt: skip
+
+        send(pfns, None if final or pfns.size <= MAX_BATCH else skip)
+        if skipped and self.image_bytes < before[-1] + _MEASURED_BYTES:
+            more = np.flatnonzero(self._pending & skippable)[: _MEASURED_BYTES // PAGE_SIZE]
+            self._pending[more] = False
+            skipped -= more.size
+            send(more, None)
         nr_pages, zero_pages, image_bytes = before
         return Round(
             self.nr_pages - nr_pages, self.zero_pages - zero_pages, deferred,
