@@ -45,6 +45,14 @@ def again(skips, *mfns):
     return skips.among(np.array(mfns, np.uint64)).tolist()
 
 
+def ask_for_a_second(skips, clock):
+    skips.cleaned()
+    began = clock.now
+    while clock.now < began + 1:
+        again(skips, 1)
+        clock.now += 0.001
+
+
 def test_what_is_dirty_since_the_log_was_cleaned(log, clock):
     skips = Skipping(log, NR_FRAMES)
     skips.cleaned(hot=np.array([3, 4]))
@@ -60,19 +68,11 @@ def test_what_is_dirty_since_the_log_was_cleaned(log, clock):
 def test_it_is_asked_now_and_then(log, clock):
     """At 5, 10, 20, 40, 60 ms and so on, and then not for more than a tenth of the time."""
     skips = Skipping(log, NR_FRAMES)
-    skips.cleaned()
-    began = clock.now
-    while clock.now < began + 1:
-        again(skips, 1)
-        clock.now += 0.001
+    ask_for_a_second(skips, clock)
     assert 48 <= log.asked <= 52
     assert [round(seconds * 200) for seconds, _ in skips.growth[:6]] == [0, 1, 2, 4, 8, 12]
     log.asked, log.took = 0, 0.01
-    skips.cleaned()
-    began = clock.now
-    while clock.now < began + 1:
-        again(skips, 1)
-        clock.now += 0.001
+    ask_for_a_second(skips, clock)
     assert 8 <= log.asked <= 10
 
 
