@@ -148,6 +148,17 @@ def test_a_reader_that_left_is_not(monkeypatch):
         console.text("x")
 
 
+def test_talk_that_nobody_hears_stops_nothing(monkeypatch):
+    """What is said beside the work is no reason to end before it; a full disk is one."""
+    monkeypatch.setattr(sys, "stderr", Broken(BrokenPipeError()))
+    console.say("x")
+    with console.progress(verbose=True) as report:
+        report(EVENTS[0])
+    monkeypatch.setattr(sys, "stderr", Broken(OSError(28, "No space left on device")))
+    with pytest.raises(StorageError, match="ENOSPC"):
+        console.say("x")
+
+
 def test_what_is_reported_goes_on_without_a_reader():
     """Nothing is told to one who left; whatever else goes wrong with a report is an error."""
     told = []

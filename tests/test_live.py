@@ -259,7 +259,7 @@ def small_rounds(monkeypatch):
     monkeypatch.setattr(gathering, "MAX_BATCH", 4)
     monkeypatch.setattr(gathering, "_WINDOW", 8)
     for place, name in (
-        (live, "MAX_BATCH"), (live, "_FEW_PAGES"), (live, "_MEASURED_BYTES"),
+        (live, "MAX_BATCH"), (live, "_FEW_PAGES"), (live, "_LEAST_BYTES"),
         (skipping, "_FIRST_S"), (skipping, "_INTERVAL_S"), (skipping, "_PART"),
     ):  # fmt: skip
         monkeypatch.setattr(place, name, 0)

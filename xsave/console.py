@@ -68,8 +68,10 @@ def raw(data: bytes) -> None:
 
 
 def say(message: str) -> None:
-    """Tell a person something that is not the answer itself."""
-    _write(sys.stderr, f"{message}\n")
+    """Tell a person something that is not the answer itself. If nobody listens any more, what is
+    to be done is done all the same."""
+    with suppress(BrokenPipeError):
+        _write(sys.stderr, f"{message}\n")
 
 
 def error(message: str) -> None:
@@ -90,7 +92,7 @@ def progress(mode: str = "auto", *, quiet: bool = False, verbose: bool = False) 
     elif mode == "none" or quiet:
         yield ignore
     elif not sys.stderr.isatty():
-        yield undisturbed(report_lines) if verbose else ignore
+        yield report_lines if verbose else ignore
     else:
         with _terminal_progress() as report:
             yield report

@@ -44,7 +44,7 @@ _INVALID = np.uint64(INVALID_P2M_ENTRY)
 _FEW_PAGES = 4096
 #: A round that left out nearly all of it sends so much all the same: how long that takes is the
 #: bandwidth.
-_MEASURED_BYTES = 4 << 20
+_LEAST_BYTES = 4 << 20
 #: A running guest may be just about to publish another p2m: look again, so often and after so long.
 _LOOKS, _LOOK_AGAIN_S = 10, 0.003
 
@@ -309,8 +309,8 @@ class LiveWriter(Writer):
             )  # fmt: skip
 
         send(pfns, None if final or pfns.size <= MAX_BATCH else skip)
-        if skipped and self.image_bytes < before[-1] + _MEASURED_BYTES:
-            more = np.flatnonzero(self._pending & skippable)[: _MEASURED_BYTES // PAGE_SIZE]
+        if skipped and self.image_bytes < before[-1] + _LEAST_BYTES:
+            more = np.flatnonzero(self._pending & skippable)[: _LEAST_BYTES // PAGE_SIZE]
             self._pending[more] = False
             skipped -= more.size
             send(more, None)

@@ -323,3 +323,14 @@ def test_the_reader_of_a_save_leaves(xsave, guest, tmp_path):
         assert process.wait(60) == 0
     nothing_is_left(guest)
     xsave.ok("image", "verify", tmp_path / "img")
+
+
+def test_nobody_hears_what_postcopy_risks(xsave, guest):
+    """`migrate --postcopy 2>&1 | head -0`: what is only said beside it does not end it."""
+    target = add_host("b", 64 * MIB, seed=4)
+    process = xsave.start("migrate", "g", "--to", "b", "--postcopy", stdout=subprocess.DEVNULL)
+    with process:
+        process.stderr.close()
+        assert process.wait(60) == 0
+    nothing_is_left(guest)
+    runs_on(target)
