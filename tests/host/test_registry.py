@@ -6,10 +6,15 @@ import os
 import pathlib
 import shutil
 import subprocess
+import threading
 
 import pytest
 
-from xsave.host import host
+from xsave.errors import ConnectionLost
+from xsave.host import host, registry
+from xsave.host.handover.journal import Journals
+from xsave.host.handover.status import copy_of
+from xsave.host.handover.table import TARGET
 from xsave.host.registry import replace_text
 
 
@@ -59,7 +64,7 @@ def test_a_file_is_the_old_or_the_new_one(tmp_path, monkeypatch, nth):
 @pytest.mark.parametrize("nth", [1, 2, 3, 4])
 def test_a_host_survives_a_registration_that_is_killed(xsave_home, monkeypatch, nth):
     """Whatever file it was about to write, the next domain registers, and domids go up."""
-    monkeypatch.setattr(host, "_DYING_WAIT_S", 0.0)  # the lock of the killed is ours still
+    monkeypatch.setattr(registry, "_DYING_WAIT_S", 0.0)  # the lock of the killed is ours still
     localhost = host.open_host("localhost")
     domid, directory, lock = localhost.register("first")
     os.close(lock)
@@ -71,6 +76,23 @@ def test_a_host_survives_a_registration_that_is_killed(xsave_home, monkeypatch, 
     next_domid, _, lock = localhost.register("second")
     os.close(lock)
     assert next_domid > domid
+
+
+def test_a_copy_on_its_way_out_is_waited_for(xsave_home):
+    """Its process has removed its socket and lives a moment longer: there is no copy, which is no
+    error. One that is not given up and does not answer is one."""
+    here = host.open_host("localhost")
+    domid, directory, lock = here.register("g")
+    with Journals(here.directory).begin(TARGET, "0123abcd", "g", "b") as journal:
+        entry = journal.note(domid=domid)
+    with pytest.raises(ConnectionLost):
+        copy_of(here, entry)
+    (directory / "dying").touch()
+    timer = threading.Timer(0.2, os.close, [lock])
+    timer.start()
+    assert copy_of(here, entry) is None
+    assert not registry.alive(directory)
+    timer.join()
 
 
 def test_a_file_system_too_small_for_a_host(xsave, tmp_path, monkeypatch):

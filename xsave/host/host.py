@@ -10,7 +10,6 @@ import fcntl
 import json
 import os
 import shutil
-import time
 from contextlib import AbstractContextManager
 from functools import cached_property
 from pathlib import Path
@@ -36,7 +35,7 @@ from xsave.host.registry import (
     alive,
     check_name,
     connect_socket,
-    ending,
+    has_ended,
     replace_text,
     write_record,
 )
@@ -44,7 +43,6 @@ from xsave.host.ssh import find_ssh_host
 
 DEFAULT_HOST = "localhost"
 DEFAULT_MEMORY_BYTES = 8 << 30
-_DYING_WAIT_S = 10.0
 
 
 def open_host(name: str = DEFAULT_HOST) -> Host:
@@ -156,11 +154,8 @@ class Host:
 
     def settle(self) -> None:
         """Reap, after waiting a moment for domains that are on their way out."""
-        deadline = time.monotonic() + _DYING_WAIT_S
-        while time.monotonic() < deadline and any(
-            ending(d) for d in (self.directory / "domains").iterdir()
-        ):
-            time.sleep(0.002)
+        for directory in list((self.directory / "domains").iterdir()):
+            has_ended(directory)
         with self.registry_lock():
             self.reap()
 

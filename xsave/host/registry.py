@@ -13,6 +13,7 @@ import json
 import os
 import re
 import socket
+import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -22,6 +23,8 @@ from typing import Any
 from xsave.errors import ConnectionLost, UsageError
 from xsave.filelock import exclusive, is_locked
 
+#: How long the process of a domain that is given up may take to go.
+_DYING_WAIT_S = 10.0
 NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]{0,62}\Z")
 
 
@@ -70,6 +73,14 @@ def ending(directory: Path) -> bool:
     Either file may go first when the directory is removed."""
     given_up = (directory / "dying").exists() or not (directory / "domain.json").exists()
     return given_up and alive(directory)
+
+
+def has_ended(directory: Path) -> bool:
+    """Return whether a domain's process is gone, after waiting a moment for one on its way out."""
+    deadline = time.monotonic() + _DYING_WAIT_S
+    while ending(directory) and time.monotonic() < deadline:
+        time.sleep(0.002)
+    return not alive(directory)
 
 
 def replace_text(path: Path, text: str) -> None:

@@ -12,7 +12,7 @@ from xsave.guest.xen.domctl import Domctl
 from xsave.host.handover.journal import Entry, Journal, Journals
 from xsave.host.handover.table import SETTLED, SOURCE, State, Verdict, verdict
 from xsave.host.host import Host, list_hosts
-from xsave.host.registry import alive, connect_socket
+from xsave.host.registry import alive, connect_socket, has_ended
 
 _ENOUGH_OF_AN_ID = 4
 
@@ -120,15 +120,16 @@ def look(host: Host, role: str, transaction: str) -> Side:
 
 
 def copy_of(host: Host, entry: Entry, journal: Journal | None = None) -> Domctl | None:
-    """Connect to the domain of a side, None if its process is gone. journal: what is asked of it
-    is asked for this migration. Raises ConnectionLost if it lives and does not answer."""
+    """Connect to the domain of a side, None if its process is gone; one that is about to go is
+    waited for. journal: what is asked of it is asked for this migration. Raises ConnectionLost if
+    it lives and does not answer."""
     directory = host.directory / "domains" / str(entry.domid)
     if entry.domid is None or not alive(directory):
         return None
     try:
         domctl = Domctl(host.machine, entry.domid, entry.name, connect_socket(directory))
     except ConnectionLost:
-        if alive(directory):
+        if not has_ended(directory):
             raise
         return None
     domctl.journal = str(journal.path) if journal else None
