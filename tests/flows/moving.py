@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 from tests.conftest import ROOT
 from tests.flows import faulty
@@ -31,6 +34,21 @@ def recover_all(xsave, *hosts):
         said = xsave.json("--host", host.name, "migrate", "--status")
         assert all(one["finished"] for one in said), said
         assert xsave.json("--host", host.name, "migrate", "--recover") == []
+
+
+def receivers(home):
+    """Return the pids of the `migrate-receive` that work for the hosts of a home."""
+    mine = b"XSAVE_HOME=" + os.fsencode(home)
+    found = []
+    for entry in Path("/proc").iterdir():
+        with contextlib.suppress(OSError):
+            if (
+                entry.name.isdigit()
+                and b"migrate-receive" in (entry / "cmdline").read_bytes().split(b"\0")
+                and mine in (entry / "environ").read_bytes().split(b"\0")
+            ):
+                found.append(int(entry.name))
+    return found
 
 
 def one_runs(*hosts):

@@ -24,10 +24,11 @@ from tests.flows.flow import (
     create,
     nothing_is_left,
     processes,
+    runs_on,
     state,
     wait_for,
 )
-from tests.flows.moving import migrate, one_runs, recover_all
+from tests.flows.moving import migrate, one_runs, receivers, recover_all
 from xsave.errors import NotFound
 from xsave.host import handshake, prestart
 from xsave.host.handover import table
@@ -71,6 +72,28 @@ def test_the_sender_is_killed(xsave, hosts, place, when):
         assert where is hosts[0]
     if place == "won":
         assert where is hosts[1]
+
+
+def test_the_sender_is_killed_and_the_receiver_lives(xsave, hosts):
+    """A receiver that does not see yet that its sender is gone is no reason to leave the guest as
+    it is: recovery of whatever there is takes it back at once."""
+    source, _ = hosts
+    stop = {"at": "complete", "when": "before", "what": "stop"}
+    kill = {"at": "sent", "when": "behind", "what": "kill"}
+    code, _ = migrate(*hosts, sender=kill, receiver=stop)
+    assert code == -signal.SIGKILL
+    (receiver,) = receivers(xsave.home)
+    try:
+        (before,) = xsave.json("migrate", "--status")
+        assert (before["at_work"], before["verdict"]) == (True, "keep")
+        assert "it is to go on at localhost" in before["meaning"]
+        (answer,) = xsave.json("migrate", "--recover")
+        assert answer["outcome"] == "kept"
+        runs_on(source)
+    finally:
+        os.kill(receiver, signal.SIGKILL)
+    recover_all(xsave, *hosts)
+    assert one_runs(*hosts) is source
 
 
 @pytest.mark.parametrize("when", ["before", "behind"])

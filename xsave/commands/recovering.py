@@ -53,12 +53,15 @@ def recover(settings: Settings, which: str | None, as_json: bool) -> None:
     host = settings.open_host()
     answers: list[dict[str, Any]] = []
     failures: list[XsaveError] = []
+    nr_at_work = 0
     for journal in select(host, which):
         before = status(host, journal, far_end)
         named = before.entry.transaction == which
         if before.finished and not named:
             continue
-        if before.at_work and which is None:
+        if which is None and before.in_hand:
+            settings.say(f"migration {before.entry.transaction} of {before.entry.name} is at work")
+            nr_at_work += 1
             continue
         try:
             outcome = bring_about(host, journal, far_end, named=named)
@@ -77,7 +80,7 @@ def recover(settings: Settings, which: str | None, as_json: bool) -> None:
         raise worst(failures)
     if as_json:
         console.emit_json(answers)
-    elif not answers:
+    elif not answers and not nr_at_work:
         settings.say("nothing to recover")
 
 

@@ -66,6 +66,13 @@ class Status:
         return any(side is not None and side.at_work for side in (self.source, self.target))
 
     @property
+    def in_hand(self) -> bool:
+        """True while it is to be left alone. One that began here is its sender's work: when that is
+        gone, the receiver may live a moment longer, to no avail."""
+        mine = self.source if self.entry.role == SOURCE else None
+        return mine.at_work if mine else self.at_work
+
+    @property
     def finished(self) -> bool:
         """True if recovery has nothing to do."""
         return self.verdict == Verdict.NOTHING
@@ -188,7 +195,7 @@ def meaning(found: Status) -> str:
     """Say in a sentence what the two sides come to."""
     if found.at_work and found.target and found.target.state == State.PARTIAL:
         return f"the guest runs at {found.target.host}, and its memory is on the way there"
-    if found.at_work and not (found.source and found.source.state in SETTLED):
+    if found.in_hand and not (found.source and found.source.state in SETTLED):
         return "the migration is at work"
     source, target = found.source, found.target
     if source is None or source.state == State.UNKNOWN:
