@@ -13,6 +13,7 @@ from pathlib import Path
 
 BOOT_TIMEOUT_S = 300
 SCRIPT_TIMEOUT_S = 240
+STATE_TIMEOUT_S = 90
 _POLL_S = 0.05
 #: For a script's redirections: whatever number dom0's kernel gave the port.
 PORT = '"$(echo /dev/vport*)"'
@@ -30,6 +31,21 @@ wait_ticks() {  # NAME NUMBER: until it has printed so many
     done
 }
 """
+#: What to know about a script that does not end: each question may itself have no answer.
+_STATE = r"""
+for question in ps "xl list" "xl vcpu-list" "xl dmesg" dmesg "xenstore-ls /local/domain"; do
+    echo "--- $question"
+    timeout 10 $question 2>&1 | tail -40
+done
+for pid in $(pidof xl xenstored xenconsoled); do
+    echo "--- $pid: $(tr '\0' ' ' </proc/$pid/cmdline)"
+    cat /proc/$pid/wchan /proc/$pid/stack /proc/$pid/syscall
+done
+"""
+
+
+class Silent(AssertionError):
+    """The machine says nothing any more, whatever it is asked."""
 
 
 class RealXen:
@@ -62,29 +78,64 @@ class RealXen:
             stderr=(directory / "qemu.err").open("w"),
         )  # fmt: skip
         try:
-            self._await(self.share / "ready", BOOT_TIMEOUT_S, "dom0 does not come up")
+            if not self._appears(self.share / "ready", BOOT_TIMEOUT_S):
+                raise Silent(f"dom0 does not come up\n{self._serial()}")
         except BaseException:
             self.stop()
             raise
 
-    def _await(self, path, seconds, complaint):
+    def _appears(self, path, seconds):
+        """Wait for a file; False if it does not come, or cannot any more."""
         deadline = time.monotonic() + seconds
         while not path.exists():
             if self._process.poll() is not None or time.monotonic() > deadline:
-                text = self._log.read_text(errors="replace") if self._log.exists() else ""
-                raise AssertionError(f"{complaint}\n{text[-3000:]}")
+                return False
             time.sleep(_POLL_S)
+        return True
+
+    def _serial(self):
+        return self._log.read_text(errors="replace")[-3000:] if self._log.exists() else ""
+
+    @property
+    def running(self):
+        """Whether scripts can be run: not any more behind one that did not end."""
+        return self._process.poll() is None
 
     def run(self, script, timeout=SCRIPT_TIMEOUT_S):
-        """Run a shell script in dom0; return its exit status and what it printed."""
+        """Run a shell script in dom0; return its exit status and what it printed. One that does not
+        end is an AssertionError that says what dom0 looks like, or Silent if dom0 says nothing at
+        all any more; the machine is gone then."""
+        if not self.running:
+            raise Silent("the machine is gone")
+        name = self._give(script)
+        if not self._appears(self._out(name, "rc"), timeout):
+            said, state = self._said(name), self._state()
+            self.stop()
+            message = f"no end after {timeout} s:\n{script}\nIt said:\n{said}\n"
+            if state is None:
+                raise Silent(f"{message}dom0 answers nothing any more.\n{self._serial()}")
+            raise AssertionError(f"{message}{state}")
+        return int(self._out(name, "rc").read_text()), self._said(name)
+
+    def _give(self, script):
+        """Have a script started; return its name."""
         name = f"{next(self._numbers):04}"
         making = self.share / "in" / f".{name}"
         making.write_text(_PRELUDE + script)
         making.rename(self.share / "in" / f"{name}.sh")
-        out = self.share / "out"
-        self._await(out / f"{name}.rc", timeout, f"no answer to:\n{script}")
-        status = int((out / f"{name}.rc").read_text())
-        return status, (out / f"{name}.out").read_text(errors="replace")
+        return name
+
+    def _out(self, name, kind):
+        return self.share / "out" / f"{name}.{kind}"
+
+    def _said(self, name):
+        path = self._out(name, "out")
+        return path.read_text(errors="replace") if path.exists() else ""
+
+    def _state(self):
+        """Return what dom0 looks like; None if it does not answer."""
+        name = self._give(_STATE)
+        return self._said(name) if self._appears(self._out(name, "rc"), STATE_TIMEOUT_S) else None
 
     def stop(self):
         self._process.kill()

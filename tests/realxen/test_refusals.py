@@ -7,18 +7,19 @@ import struct
 
 import pytest
 
-from tests.realxen.travelling import Journey, builtin
+from tests.realxen.travelling import Journey, builtin, once_more
 
 _RECORD_TYPES = {"END": 0, "X86_PV_P2M_FRAMES": 3, "X86_PV_VCPU_BASIC": 4, "STATIC_DATA_END": 0x10}
 
 
 @pytest.fixture(scope="module")
-def image(real_xen, tmp_path_factory):
+@once_more
+def image(real_xens, tmp_path_factory):
     """One image of the real xl's, as bytes."""
     from tests.conftest import Xsave, end_processes, make_home
 
     home = make_home()
-    journey = Journey(Xsave(home), real_xen, tmp_path_factory.mktemp("image"), "refused")
+    journey = Journey(Xsave(home), real_xens, tmp_path_factory.mktemp("image"), "refused")
     journey.create_there(builtin(), 1)
     content = journey.save_there().read_bytes()
     journey.clean_up()
@@ -62,10 +63,12 @@ DAMAGES = {
 }
 
 
+@once_more
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_both_refuse(xsave, real_xen, image, tmp_path, damage, record_property):
+def test_both_refuse(xsave, real_xens, image, tmp_path, damage, record_property):
     """A damaged image is refused by the real xl and by xsave, whose message is one line with an
     offset; nothing is left of the domain here."""
+    real_xen = real_xens.running()
     path = tmp_path / "damaged.img"
     path.write_bytes(DAMAGES[damage](image))
     (real_xen.share / "in.img").write_bytes(path.read_bytes())

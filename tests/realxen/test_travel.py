@@ -8,7 +8,7 @@ import pytest
 
 from tests.conftest import directory_named_by
 from tests.distro.initramfs import initramfs
-from tests.realxen.travelling import Journey, builtin, debian, linux
+from tests.realxen.travelling import Journey, builtin, debian, linux, once_more
 from xsave.host.handshake import BANNER, READY, REPORT, STATUS_OK
 
 KINDS = ["builtin", "linux", "debian"]
@@ -28,14 +28,15 @@ def kind(request, tmp_path):
 
 
 @pytest.fixture
-def journey(xsave, real_xen, tmp_path, request):
+def journey(xsave, real_xens, tmp_path, request):
     """A guest with a name of its own."""
     name = re.sub(r"[^a-z0-9]+", "-", request.node.name).strip("-")
-    journey = Journey(xsave, real_xen, tmp_path, name)
+    journey = Journey(xsave, real_xens, tmp_path, name)
     yield journey
     journey.clean_up()
 
 
+@once_more
 @pytest.mark.parametrize("vcpus", [1, 2])
 @pytest.mark.parametrize("kind", KINDS, indirect=True)
 def test_from_xsave_to_xen_and_back(journey, kind, vcpus):
@@ -47,6 +48,7 @@ def test_from_xsave_to_xen_and_back(journey, kind, vcpus):
     journey.save_there()
 
 
+@once_more
 @pytest.mark.parametrize("vcpus", [1, 2])
 @pytest.mark.parametrize("kind", KINDS, indirect=True)
 def test_from_xen_to_xsave_and_back(journey, kind, vcpus):
@@ -58,6 +60,7 @@ def test_from_xen_to_xsave_and_back(journey, kind, vcpus):
     journey.save_here()
 
 
+@once_more
 @pytest.mark.parametrize("kind", ["builtin", "linux"], indirect=True)
 def test_to_the_real_receiver(journey, kind):
     """An image of ours and the go-ahead are a migration for `xl migrate-receive`: it says what
@@ -69,6 +72,7 @@ def test_to_the_real_receiver(journey, kind):
     journey.save_here()
 
 
+@once_more
 @pytest.mark.parametrize("kind", ["builtin", "linux"], indirect=True)
 def test_from_the_real_sender(journey, kind):
     """What a real, live `xl migrate` sent, its GO message at the end, is an image for
@@ -78,6 +82,7 @@ def test_from_the_real_sender(journey, kind):
     journey.save_here()
 
 
+@once_more
 @pytest.mark.parametrize("kind", ["builtin", "linux"], indirect=True)
 def test_live_to_the_real_receiver(journey, kind):
     """`xsave migrate --to xl:...`: while the guest runs and counts, its memory goes to the real
