@@ -84,6 +84,17 @@ def test_from_the_real_sender(journey, kind):
 
 @once_more
 @pytest.mark.parametrize("kind", ["builtin", "linux"], indirect=True)
+def test_live_from_the_real_sender(journey, kind):
+    """A real, live `xl migrate` whose other end is `xsave migrate-receive`: it is content with what
+    that says, and the guest goes on here. Then back, as an image."""
+    journey.create_there(kind, 1)
+    journey.migrate_from_there()
+    journey.restore_there(journey.save_here())
+    journey.save_there()
+
+
+@once_more
+@pytest.mark.parametrize("kind", ["builtin", "linux"], indirect=True)
 def test_live_to_the_real_receiver(journey, kind):
     """`xsave migrate --to xl:...`: while the guest runs and counts, its memory goes to the real
     `xl migrate-receive` in rounds; no tick is missed or said twice. Then back, as an image."""

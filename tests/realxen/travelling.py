@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
+import os
 import re
 import shlex
 import subprocess
@@ -27,6 +28,8 @@ from xsave.host.handshake import GO
 WAIT_S = 90
 TICKS = 3
 _LOG = "--- its log"
+#: For dom0: what it writes to the port before is lost.
+_CONNECTED = "until [ -e /host/connected ]; do sleep 0.1; done; sleep 1\n"
 _TICK = re.compile(r"^TICK (\d+)\b(?:.*?([0-9a-f]{16}))? *\n", re.MULTILINE)
 
 
@@ -222,24 +225,15 @@ class Journey:
     def migrate_to_there(self):
         """Migrate it live from xsave to the real `xl migrate-receive`, which is at the other end of
         a two-way port; return the answer of `xsave migrate`."""
-        mark = self._xen.share / "connected"
-        mark.unlink(missing_ok=True)
         console = self._xsave.start("console", self.name, stdin=subprocess.PIPE)
         console.stdout.readline()  # attached: from here on it misses nothing
         self._goes_on(self._console())
-        bridge = shlex.join(
-            [
-                sys.executable,
-                str(Path(__file__).with_name("bridge.py")),
-                str(self._xen.socket),
-                str(mark),
-            ]
-        )
+        bridge = shlex.join(self._bridge())
         options = ("--downtime", 1000, "--timeout", 60, "--json")
         migration = self._xsave.start("migrate", self.name, "--to", f"xl:{bridge}", *options)
         status, there = self._xen.run(
             f"rm -f /run/console/guest-{self.name}*.log\n"
-            "until [ -e /host/connected ]; do sleep 0.1; done; sleep 1\n"
+            f"{_CONNECTED}"
             f"xl migrate-receive <>{PORT} >&0 2>/host/said\n"
             "status=$?; cat /host/said; cd /run/console\n"
             f"mv guest-{self.name}--incoming.log guest-{self.name}.log; exit $status"
@@ -251,25 +245,53 @@ class Journey:
         self._begun = rest[rest.rfind("\n") + 1 :]
         return [json.loads(line) for line in out.splitlines()]
 
+    def _bridge(self):
+        """Return the command whose stdin and stdout are dom0's port; it has a mark of its own."""
+        mark = self._xen.share / "connected"
+        mark.unlink(missing_ok=True)
+        program = Path(__file__).with_name("bridge.py")
+        return [sys.executable, str(program), str(self._xen.socket), str(mark)]
+
+    def migrate_from_there(self):
+        """Have the real, live `xl migrate` send it to `xsave migrate-receive`, which is at the
+        other end of a two-way port. Skips as migrate_there()."""
+        to_bridge, from_receiver = os.pipe()
+        to_receiver, from_bridge = os.pipe()
+        receiver = self._xsave.start("migrate-receive", stdin=to_receiver, stdout=from_receiver)
+        bridge = subprocess.Popen(self._bridge(), stdin=to_bridge, stdout=from_bridge)
+        for fd in (to_bridge, from_receiver, to_receiver, from_bridge):
+            os.close(fd)
+        try:
+            self._send_there(f"{_CONNECTED}exec 3<>{PORT}\ncat <&3 &\ncat >&3\nkill $!")
+            assert receiver.wait(WAIT_S) == 0, receiver.stderr.read().decode()
+        finally:
+            for process in (receiver, bridge):
+                process.kill()
+                process.wait()
+
     def migrate_there(self):
         """Migrate it live from the real Xen to itself; return what was sent. Skips where the
         hypervisor was built without the log of dirty pages of PV guests."""
-        script = (
+        self._send_there("tee /tmp/sent | xl migrate-receive", f"xl destroy {self.name}")
+        self._run("cp /tmp/sent /host/out.img; rm /tmp/sent")
+        image = self._image()
+        (self._xen.share / "out.img").rename(image)
+        return image
+
+    def _send_there(self, receiver, afterwards="true"):
+        """Have it tick, and `xl migrate` send it to the shell script `receiver`."""
+        (self._xen.share / "receiver").write_text(f"#!/bin/sh\n{receiver}\n")
+        (self._xen.share / "receiver").chmod(0o755)
+        status, said = self._xen.run(
             f"wait_ticks {self.name} {TICKS} || exit 1\n"
-            "printf '#!/bin/sh\\ntee /tmp/sent | xl migrate-receive\\n' > /tmp/receiver\n"
-            f"chmod +x /tmp/receiver; xl migrate -s '' {self.name} /tmp/receiver\n"
-            f"status=$?; echo {_LOG}; cat $(log {self.name})\n"
-            f"xl destroy {self.name} >/dev/null 2>&1\n"
-            "cp /tmp/sent /host/out.img; rm /tmp/sent; exit $status"
+            f"xl migrate -s '' {self.name} /host/receiver\n"
+            f"status=$?; {afterwards} >/dev/null 2>&1; echo {_LOG}; cat $(log {self.name})\n"
+            "exit $status"
         )
-        status, said = self._xen.run(script)
         if status and "Failed to enable logdirty" in said:
             pytest.skip(f"Xen {self._xen.version} cannot migrate PV guests live")
         assert status == 0, said[-3000:]
         self._went_on(said.partition(f"{_LOG}\n")[2])
-        image = self._image()
-        (self._xen.share / "out.img").rename(image)
-        return image
 
     def _run(self, script):
         status, said = self._xen.run(script)
