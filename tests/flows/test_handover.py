@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -253,7 +254,8 @@ def test_the_processes_of_domains_die(xsave, hosts):
 
 def test_a_copy_on_its_way_is_nobody_elses(xsave, hosts):
     """What waits for the go-ahead cannot be unpaused or saved by others, nor recovered by name
-    while its receiver works; by its id it is given up, and the guest stays."""
+    while its receiver works; who asks for all of them is told so. By its id it is given up, and the
+    guest stays."""
     source, target = hosts
     stop = {"at": "holding", "when": "before", "what": "stop"}
     arguments = ["migrate", "g", "--to", "b"]
@@ -267,6 +269,9 @@ def test_a_copy_on_its_way_is_nobody_elses(xsave, hosts):
             assert xsave("--host", "b", *refused).code == 6
         assert xsave("--host", "b", "migrate", "--recover", "g").code == 6
         assert xsave("migrate", "--recover", "g").code == 6
+        for host in hosts:
+            all_of_them = xsave.ok("--host", host.name, "migrate", "--recover")
+            assert re.fullmatch(r"migration \w+ of g is at work\n", all_of_them.err)
         xsave.ok("--host", "b", "migrate", "--recover", journal.read().transaction)
         assert state(target, "g--incoming") is None
         os.kill(process.pid, signal.SIGCONT)
