@@ -95,6 +95,18 @@ def test_a_copy_on_its_way_out_is_waited_for(xsave_home):
     timer.join()
 
 
+def test_who_is_on_the_way_out_is_waited_for_and_reaped(xsave_home):
+    """The next domain has the room of one whose process is about to end."""
+    here = host.open_host("localhost")
+    _, directory, lock = here.register("g")
+    (directory / "dying").touch()
+    timer = threading.Timer(0.2, os.close, [lock])
+    timer.start()
+    here.settle()
+    assert not directory.exists()
+    timer.join()
+
+
 def test_a_file_system_too_small_for_a_host(xsave, tmp_path, monkeypatch):
     """7, with what is needed and what there is; nothing is left. A smaller host fits."""
     home = tmp_path / "small"
