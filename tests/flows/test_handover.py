@@ -261,22 +261,25 @@ def test_a_copy_on_its_way_is_nobody_elses(xsave, hosts):
     arguments = ["migrate", "g", "--to", "b"]
     command = [sys.executable, "-m", "tests.flows.faulty", json.dumps({"sender": stop}), *arguments]
     with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True) as process:
-        wait_for(lambda: state(target, "g--incoming") == "paused")
-        (journal,) = wait_for(
-            lambda: [j for j in Journals(target.directory).all() if j.read().state == "ready"]
-        )
-        for refused in (("unpause", "g--incoming"), ("save", "g--incoming", os.devnull)):
-            assert xsave("--host", "b", *refused).code == 6
-        assert xsave("--host", "b", "migrate", "--recover", "g").code == 6
-        assert xsave("migrate", "--recover", "g").code == 6
-        for host in hosts:
-            all_of_them = xsave.ok("--host", host.name, "migrate", "--recover")
-            assert re.fullmatch(r"migration \w+ of g is at work\n", all_of_them.err)
-        xsave.ok("--host", "b", "migrate", "--recover", journal.read().transaction)
-        assert state(target, "g--incoming") is None
-        os.kill(process.pid, signal.SIGCONT)
-        process.communicate(timeout=60)
-        assert process.returncode == 7
+        try:
+            wait_for(lambda: state(target, "g--incoming") == "paused")
+            (journal,) = wait_for(
+                lambda: [j for j in Journals(target.directory).all() if j.read().state == "ready"]
+            )
+            for refused in (("unpause", "g--incoming"), ("save", "g--incoming", os.devnull)):
+                assert xsave("--host", "b", *refused).code == 6
+            assert xsave("--host", "b", "migrate", "--recover", "g").code == 6
+            assert xsave("migrate", "--recover", "g").code == 6
+            for host in hosts:
+                all_of_them = xsave.ok("--host", host.name, "migrate", "--recover")
+                assert re.fullmatch(r"migration \w+ of g is at work\n", all_of_them.err)
+            xsave.ok("--host", "b", "migrate", "--recover", journal.read().transaction)
+            assert state(target, "g--incoming") is None
+            os.kill(process.pid, signal.SIGCONT)
+            process.communicate(timeout=60)
+            assert process.returncode == 7
+        finally:
+            process.kill()  # it is stopped, if something went wrong
     assert one_runs(*hosts) is source
 
 
